@@ -1,0 +1,40 @@
+"""``python -m kernels``: which backend each op has here, and why another is missing."""
+
+import importlib.metadata
+import platform
+import sys
+
+
+def main() -> int:
+    import torch
+
+    import kernels
+    from kernels import backends
+
+    for name in kernels.__all__:
+        getattr(kernels, name)
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+    print(f"CPU capability {torch.backends.cpu.get_cpu_capability()}, threads {torch.get_num_threads()}")
+    if torch.cuda.is_available():
+        print(f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name()}")
+    else:
+        print("CUDA: no device")
+    for op, row in backends.explain().items():
+        print(f"\n{op}")
+        for key, value in row.items():
+            print(f"  {key:<16} {value}")
+    if forced := backends.os.environ.get(backends.ENVIRONMENT):
+        print(f"\n{backends.ENVIRONMENT}={forced}")
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+    print(
+        f"\nWARNING: the Hugging Face package 'kernels' {version} is installed in this environment. It has the same"
+        "\nimport name as this one, and which of the two is imported depends on sys.path. Use an environment without it."
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

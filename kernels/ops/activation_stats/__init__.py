@@ -1,0 +1,56 @@
+"""Fused activation statistics: one read of a layer's input, folded into float64 sums per persona."""
+
+import torch
+from torch import Tensor
+
+from kernels import backends
+from kernels.ops import checks
+from kernels.ops.activation_stats.reference import FIELDS, activation_stats_reference
+
+IGNORED, COUNTED, SINK = 0, 1, 2
+"""Roles of a token: left out, counted, or the attention sink (the sequence's first token)."""
+
+__all__ = ["COUNTED", "FIELDS", "IGNORED", "SINK", "activation_stats"]
+
+
+@torch.library.custom_op("persona::activation_stats", mutates_args=("sums",))
+def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
+    """Add the statistics of a batch of sequences to the sums of their personas.
+
+    Args:
+        x: layer input ``[B, T, K]``, any strides, float32, bfloat16, float16 or float64.
+        role: uint8 ``[B, T]``: 0 ignored (padding, template), 1 counted, 2 attention sink.
+            ``x`` may hold anything, NaN too, where the role is 0.
+        persona: int64 ``[B]``, the row of ``sums`` that each sequence belongs to.
+        sums: float64 ``[P, 8, K]``, added to in place. With ``ms_b`` and ``rms_b`` the mean square
+            and its root over the counted tokens of sequence b, the rows (``FIELDS``) are
+            0 ``rms``: sum_b rms_b; 1 ``ms``: sum_b ms_b; 2 ``square``: sum_bt x^2; 3 ``abs``: sum_bt |x|;
+            4 ``signed``: sum_bt x; 5, 6, 7 ``sink_square``, ``sink_abs``, ``sink_signed``: the last
+            three over the sink tokens instead (one a sequence, so its rms sums are rows 6 and 5).
+
+    Returns:
+        bool ``[B]``: sequences whose counted or sink tokens held NaN, infinity or values whose
+        square overflows; the sums are then spoiled and the caller has to stop.
+    """
+    op = "activation_stats"
+    checks.dtype(op, "x", x, checks.FLOATS)
+    checks.shape(op, "x", x, (None, None, None), "[B, T, K]")
+    batch, tokens, channels = x.shape
+    checks.dtype(op, "role", role, (torch.uint8,))
+    checks.shape(op, "role", role, (batch, tokens), "[B, T]")
+    checks.dtype(op, "persona", persona, (torch.int64,))
+    checks.shape(op, "persona", persona, (batch,), "[B]")
+    checks.dtype(op, "sums", sums, (torch.float64,))
+    checks.shape(op, "sums", sums, (None, len(FIELDS), channels), "[P, 8, K]")
+    checks.same_device(op, x=x, role=role, persona=persona, sums=sums)
+    if batch and not (0 <= int(persona.min()) and int(persona.max()) < sums.shape[0]):
+        raise ValueError(f"{op}: persona must lie in 0..{sums.shape[0] - 1}, got {persona.tolist()}")
+    return backends.implementation(op, x.device.type)(x, role, persona, sums)
+
+
+@activation_stats.register_fake
+def _(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=torch.bool)
+
+
+backends.register("activation_stats", "reference", activation_stats_reference)
