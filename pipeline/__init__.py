@@ -1,1 +1,1 @@
-"""x"""
+"""Persona data -> activation statistics -> scores -> masks -> switched model -> evaluation."""

@@ -1,0 +1,74 @@
+"""Score every layer for every persona and select its weights."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kernels.ops.pack_bits import unpack_bits
+from pipeline.config import CalibrateConfig, Sparsity
+from pipeline.criteria import CRITERIA, Layer
+from pipeline.data.catalogue import Catalogue
+from pipeline.data.forms import NEUTRAL
+from pipeline.masks import PersonaMasks
+from pipeline.sites import find_linears, matrix
+from pipeline.stats import ActivationStats, ChannelStats
+
+
+def build_masks(
+    model: Any, stats: ActivationStats, catalogue: Catalogue, config: CalibrateConfig
+) -> tuple[PersonaMasks, dict[str, float]]:
+    """Masks of all personas of the catalogue.
+
+    Also returns, for ``--disjoint``, the share of a second pole's kept weights that overlap with the first's.
+    """
+    stats = composed(stats, catalogue)
+    criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity)
+    linears = find_linears(model, config.include, config.exclude)
+    where = {linear: site.name for site in stats.sites for linear in site.linears}
+    shapes: dict[str, tuple[int, int]] = {}
+    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in catalogue.personas}
+    for name, module in linears.items():
+        if name not in where:
+            continue
+        weight = matrix(module)
+        shapes[name] = (weight.shape[0], weight.shape[1])
+        channels: dict[str, ChannelStats] = {}
+        for persona in catalogue.personas:
+            measured = NEUTRAL if config.criterion == "neutral" else persona
+            opponent = catalogue.opponents.get(persona)
+            for one in filter(None, (measured, opponent)):
+                if one not in channels:
+                    channels[one] = stats.channels(one, where[name])
+            taken = bits[opponent].get(name) if config.disjoint and opponent in bits else None
+            layer = Layer(
+                name,
+                weight,
+                persona,
+                channels[measured],
+                channels[opponent] if opponent else None,
+                sparsity.keep(name, weight.shape[1]),
+                config.activation,
+                config.temperature,
+                config.seed,
+                None if taken is None else unpack_bits(taken, weight.shape[1]),
+            )
+            bits[persona][name] = criterion(layer)
+    masks = PersonaMasks(shapes, bits)
+    return masks, _overlaps(masks, catalogue) if config.disjoint else {}
+
+
+def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:
+    """The measured personas and the compositions (types, mixtures) side by side."""
+    if not catalogue.compositions:
+        return stats
+    return stats.concatenate(stats.compose({c.name: c.parts for c in catalogue.compositions}))
+
+
+def _overlaps(masks: PersonaMasks, catalogue: Catalogue) -> dict[str, float]:
+    overlaps = {}
+    for index, persona in enumerate(masks.personas):
+        opponent = catalogue.opponents.get(persona)
+        if opponent in masks.personas[:index]:
+            shared = masks.intersection("shared", (persona, opponent)).density("shared")
+            overlaps[f"{opponent} and {persona}"] = shared / masks.density(persona)
+    return overlaps

@@ -1,0 +1,133 @@
+"""``python -m pipeline.calibrate``: measure personas on a model and write one mask each."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import note, parse, quiet_libraries, run
+from pipeline.config import CONTRASTIVE, CalibrateConfig, Sparsity
+from pipeline.errors import UserError
+
+DESCRIPTION = (
+    "Measure the activation statistics of personas on a language model, score every weight, keep the best, and write "
+    "one binary mask per persona. No training: one forward pass over a few hundred question/answer pairs per persona."
+)
+
+
+def calibrate(config: CalibrateConfig) -> Path:
+    """Run the whole calibration and return the output folder. Raises UserError."""
+    import torch
+
+    from pipeline.data.catalogue import load_catalogue, neutral_set
+    from pipeline.store import STATISTICS, check_output, load_statistics, staged_folder
+
+    check_output(config.output, config.overwrite)
+    catalogue = load_catalogue(config.personas, compose=config.compose, strict=config.strict)
+    for problem in catalogue.problems:
+        note(f"left out: {problem}")
+    if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
+        raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda or sparse)")
+    if config.criterion == "neutral":
+        catalogue.sets.append(neutral_set())
+    # See calibration.measure: before a fork, no thread pool may exist.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    with staged_folder(config.output, config.overwrite) as staging:
+        target = staging / STATISTICS
+        if config.statistics:
+            from pipeline.store import save_statistics
+
+            save_statistics(load_statistics(Path(config.statistics) / STATISTICS), target)
+        else:
+            _measure(config, catalogue, target)
+        torch.set_num_threads(threads)
+        note(f"statistics: {time.monotonic() - started:.1f} s")
+        _build(config, catalogue, load_statistics(target), staging)
+    note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")
+    return config.output
+
+
+def _measure(config: CalibrateConfig, catalogue: Any, target: Path) -> None:
+    import lightning
+
+    from pipeline.calibration import measure
+    from pipeline.data.module import CalibrationData, make_samples
+    from pipeline.data.prompts import Prompter
+    from pipeline.loading import load_tokenizer
+
+    lightning.seed_everything(config.seed, verbose=False)
+    tokenizer = load_tokenizer(config.model)
+    samples, problems = make_samples(
+        catalogue.sets,
+        Prompter(tokenizer),
+        count=config.samples,
+        max_length=config.max_length,
+        seed=config.seed,
+    )
+    for problem in problems:
+        if config.strict:
+            raise UserError(problem)
+        note(f"left out: {problem}")
+    data = CalibrationData(
+        samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=tokenizer.pad_token_id
+    )
+    note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
+    measure(config, data, tuple(catalogue.measured), target)
+
+
+def _build(config: CalibrateConfig, catalogue: Any, stats: Any, staging: Path) -> None:
+    from pipeline.building import build_masks
+    from pipeline.loading import load_model
+    from pipeline.store import save_masks
+
+    missing = [pole for pole in catalogue.measured if pole not in stats.personas]
+    if missing:
+        raise UserError(f"--statistics {config.statistics}: no statistics of {', '.join(missing)}")
+    model = load_model(config.model)
+    masks, overlaps = build_masks(model, stats, catalogue, config)
+    manifest = _manifest(config, catalogue, stats, masks, model)
+    if overlaps:
+        manifest["disjoint_overlap"] = overlaps
+    save_masks(masks, staging, manifest)
+
+
+def _manifest(config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, model: Any) -> dict[str, Any]:
+    from pipeline.data.module import draw
+    from pipeline.fingerprint import data_hash, model_fingerprints, question_hash, versions
+    from pipeline.sites import find_linears
+
+    linears = {name: m for name, m in find_linears(model).items() if name in masks.shapes}
+    drawn = {s.plus: draw(s.split("calibration"), config.samples, config.seed) for s in catalogue.sets}
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    counts = {p: [int(c) if c == int(c) else c for c in stats.counts[i].tolist()] for i, p in enumerate(stats.personas)}
+    return {
+        "model": {"id": config.model, "type": model.config.model_type, "fingerprint": model_fingerprints(linears)},
+        "tokenizer": config.model,
+        "criterion": config.criterion,
+        "sparsity": {"option": config.sparsity, "removed": {p: 1 - masks.density(p) for p in masks.personas}},
+        "uncovered": [name for name in find_linears(model) if name not in masks.shapes],
+        "personas": {
+            "pairs": [list(s.poles) for s in catalogue.sets],
+            "opponents": {p: o for p, o in catalogue.opponents.items() if p in masks.bits},
+            "compositions": {c.name: [list(part) for part in c.parts] for c in catalogue.compositions},
+            "sources": {s.plus: s.source for s in catalogue.sets},
+            "data_sha256": {plus: data_hash(items) for plus, items in drawn.items()},
+            "questions": {plus: sorted({question_hash(i) for i in items}) for plus, items in drawn.items()},
+        },
+        "counts": {"columns": ["samples", "counted tokens", "sink tokens"], **counts},
+        "options": options,
+        "versions": versions(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse(CalibrateConfig, DESCRIPTION, argv)
+    quiet_libraries()
+    return run(lambda: calibrate(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The forward pass over all personas as a LightningModule, and the Trainer around it."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from pipeline.cli import note
+from pipeline.collector import Collector
+from pipeline.config import CalibrateConfig, parse_devices
+from pipeline.data.module import Batch, CalibrationData
+from pipeline.errors import UserError
+from pipeline.loading import load_model
+from pipeline.sites import expert_parameters, find_linears, find_sites
+from pipeline.stats import ActivationStats
+from pipeline.store import save_statistics
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class StatisticsModule(lightning.LightningModule):
+    """Measures the activation statistics of every persona in one forward-only pass.
+
+    ``predict_step`` adds a batch to this rank's sums; at the end they are summed over the ranks in
+    float64 and rank 0 writes them to ``target``.
+    """
+
+    def __init__(self, config: CalibrateConfig, personas: tuple[str, ...], target: Path) -> None:
+        super().__init__()
+        self.config, self.personas, self.target = config, personas, target
+        self.model: Any = None
+        self.collector: Collector | None = None
+        self.tokens_done = 0
+
+    def configure_model(self) -> None:
+        # Here and not in the constructor: the processes of a forked run must each load the model.
+        if self.model is None:
+            dtype = DTYPES.get(self.config.precision, torch.float32)
+            self.model = load_model(self.config.model, dtype)
+
+    def on_predict_start(self) -> None:
+        if self.trainer.world_size > 1 and self.device.type == "cpu":
+            local = max(1, self.trainer.world_size // self.trainer.num_nodes)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        linears = find_linears(self.model, self.config.include, self.config.exclude)
+        sites, unused = find_sites(self.model, linears, self.device)
+        if self.trainer.is_global_zero:
+            _report_coverage(self.model, sites, unused)
+        # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
+        self.collector = Collector(self.model, ActivationStats.zeros(self.personas, sites, self.device))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        if not batch.sources:
+            return
+        assert self.collector is not None
+        with self.collector.collecting(), self.collector.batch(batch.role, batch.persona, batch.sources):
+            # The body without the output head: logits of a large vocabulary are of no use here.
+            self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
+        self.tokens_done += int(batch.attention.sum())
+
+    def on_predict_end(self) -> None:
+        assert self.collector is not None
+        stats = self.collector.stats
+        if dist.is_available() and dist.is_initialized() and self.trainer.world_size > 1:
+            for tensor in (stats.counts, *stats.sums.values()):
+                dist.all_reduce(tensor)
+        if self.trainer.is_global_zero:
+            save_statistics(stats, self.target)
+        self.trainer.strategy.barrier("statistics written")
+
+
+class Throughput(TQDMProgressBar):
+    """The progress bar with tokens per second over all devices."""
+
+    def init_predict_tqdm(self):
+        bar = super().init_predict_tqdm()
+        bar.set_description("calibrating")
+        return bar
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self._started = time.monotonic()
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any, **options: Any) -> None:
+        super().on_predict_batch_end(trainer, pl_module, *arguments, **options)
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = pl_module.tokens_done * trainer.world_size / seconds
+        self.predict_progress_bar.set_postfix_str(f"about {rate:,.0f} tokens/s")
+
+    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+        return {}
+
+
+def measure(config: CalibrateConfig, data: CalibrationData, personas: tuple[str, ...], target: Path) -> None:
+    """Run the pass and leave the statistics in ``target``. Starts processes as the options say."""
+    devices = parse_devices(config.devices)
+    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not _has_accelerator())
+    several = config.num_nodes > 1 or (isinstance(devices, int) and devices > 1) or isinstance(devices, list)
+    strategy = config.strategy
+    if strategy == "auto" and on_cpu and several:
+        if config.num_nodes > 1:
+            strategy = "ddp"
+        else:
+            # Forking starts in a fraction of the time, but a forked child inherits no OpenMP threads:
+            # until here the parent must not have started any (torch.set_num_threads(1) in calibrate).
+            strategy = "ddp_fork"
+    try:
+        trainer = lightning.Trainer(
+            accelerator="cpu" if on_cpu else config.accelerator,
+            devices=1 if on_cpu and devices == "auto" else devices,
+            num_nodes=config.num_nodes,
+            strategy=strategy,
+            precision=config.precision,  # type: ignore[arg-type]
+            callbacks=[Throughput()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
+    trainer.predict(StatisticsModule(config, personas, target), datamodule=data, return_predictions=False)
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _report_coverage(model: Any, sites: list[Any], unused: list[str]) -> None:
+    linears = sum(len(site.linears) for site in sites)
+    note(f"{linears} linear layers read {len(sites)} distinct inputs")
+    if unused:
+        note(f"{len(unused)} linear layers are never called and stay whole: {', '.join(unused[:5])}")
+    if experts := expert_parameters(model):
+        note(
+            f"mixture-of-experts: {len(experts)} expert weights are 3-d parameters and not covered yet, they stay whole "
+            f"({experts[0]}, ...); attention and other linear layers are masked"
+        )

@@ -1,0 +1,260 @@
+"""Options of the command lines. The docstring under a field is its help text."""
+
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from pipeline.data.prompts import TOKENS
+from pipeline.errors import UserError
+
+CRITERIA = (
+    "wanda",
+    "sparse",
+    "contrastive-wanda",
+    "contrastive-sparse",
+    "magnitude",
+    "random",
+    "neutral",
+)
+CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse")
+ACTIVATIONS = ("softplus", "relu")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Share of weights removed: a default and overrides by part of the layer's name, exact decimals."""
+
+    default: Decimal
+    overrides: tuple[tuple[str, Decimal], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Sparsity":
+        """``0.5``, or ``0.5,mlp=0.3,down_proj=0.2`` (the last match wins). Raises UserError outside [0, 1)."""
+        default, overrides = None, []
+        for part in str(text).split(","):
+            name, equals, number = part.strip().rpartition("=")
+            value = _share(number, f"--sparsity {text!r}")
+            if equals:
+                overrides.append((name.strip(), value))
+            elif default is not None:
+                raise UserError(f"--sparsity {text!r}: more than one default")
+            else:
+                default = value
+        return cls(Decimal(0) if default is None else default, tuple(overrides))
+
+    def of(self, layer: str) -> Decimal:
+        """The sparsity of a layer: the last override whose name is a part of the layer's dotted name."""
+        chosen = self.default
+        for name, value in self.overrides:
+            if f".{name}." in f".{layer}.":
+                chosen = value
+        return chosen
+
+    def keep(self, layer: str, columns: int) -> int:
+        """``floor((1 - sparsity) K)``, eq. 4."""
+        return int((1 - self.of(layer)) * columns)
+
+
+@dataclass
+class CalibrateConfig:
+    """What to measure, how to score, where to write."""
+
+    model: str = "smollm2"
+    """Hugging Face id or local folder of a causal language model; "smollm2" is the embedded SmolLM2-135M-Instruct."""
+    personas: str = "dichotomies"
+    """Comma-separated: "dichotomies" (the four shipped sets), "types" (the sixteen Myers-Briggs types), a shipped
+    set's name such as introvert-extravert, a type such as INTJ, or your own [PLUS[/MINUS]=]SOURCE, a CSV or JSON
+    Lines file or a hub id."""
+    compose: str = ""
+    """Comma-separated mixtures of measured personas, NAME[/OPPOSITE]=0.7*introvert+0.3*thinking; masks are then made
+    for the mixtures (and types), not for their parts."""
+    criterion: str = "contrastive-wanda"
+    """wanda, sparse, contrastive-wanda, contrastive-sparse; controls: magnitude, random, neutral."""
+    sparsity: str = "0.2"
+    """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2."""
+    activation: str = "softplus"
+    """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
+    temperature: float = 2.0
+    """contrastive-wanda: tau of softplus(z / tau)."""
+    disjoint: bool = False
+    """Exclude for the second pole what the first has kept (appendix K); above 50 % density the overlap that this
+    forces is stated in the manifest."""
+    include: str = ""
+    """Regular expression: only layers whose name matches are masked."""
+    exclude: str = ""
+    """Regular expression: layers whose name matches are left alone (the output head always is)."""
+    samples: int = 128
+    """Calibration items per persona, drawn at random with the seed; 0 takes all."""
+    max_length: int = 512
+    """Longest sequence in tokens; answers are cut there, items whose question alone is longer are left out."""
+    tokens: str = "predicting"
+    """Which positions count: "predicting" (those that predict an answer token), "answer", "prompt" (the question's
+    words) or "all" (question and answer). Padding, template tokens and position 0 never do."""
+    batch_tokens: int = 2048
+    """Tokens of a padded batch."""
+    devices: str = "1"
+    """Number of devices (processes on a CPU), a list such as 0,2, or "auto"."""
+    num_nodes: int = 1
+    """Number of machines."""
+    accelerator: str = "auto"
+    """auto, cpu, gpu, ... as Lightning names them."""
+    strategy: str = "auto"
+    """auto, ddp, ddp_fork, ...: how Lightning starts and joins the processes."""
+    precision: str = "32-true"
+    """32-true, bf16-true, 16-true, bf16-mixed, ...: of the forward pass; statistics are float64 always."""
+    statistics: str = ""
+    """Folder of an earlier run: take its statistics and only score anew (model and personas must be the same)."""
+    output: Path = Path("runs/masks")
+    """Folder to write; must be new, empty, or an earlier run with --overwrite."""
+    overwrite: bool = False
+    """Replace an earlier run in --output."""
+    strict: bool = False
+    """Make rows that cannot be used an error instead of a report."""
+    seed: int = 0
+    """Seed of the item draw and of random masks."""
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.output)
+        _one_of("criterion", self.criterion, CRITERIA)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("tokens", self.tokens, TOKENS)
+        Sparsity.parse(self.sparsity)
+        _at_least("temperature", self.temperature, 1e-6)
+        _at_least("samples", self.samples, 0)
+        _at_least("max_length", self.max_length, 2)
+        _at_least("batch_tokens", self.batch_tokens, 1)
+        _at_least("num_nodes", self.num_nodes, 1)
+        _at_least("seed", self.seed, 0)
+        parse_devices(self.devices)
+        if self.disjoint and self.criterion in ("random", "magnitude", "neutral"):
+            raise UserError(f"--disjoint needs a criterion that uses the personas, not {self.criterion!r}")
+
+
+@dataclass
+class EvaluateConfig:
+    """What to evaluate and how."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote."""
+    data: str = ""
+    """Held-out items, [PLUS[/MINUS]=]SOURCE, comma-separated; default: the test split of the shipped sets. Items
+    whose question was calibrated on are left out."""
+    pairs: str = ""
+    """Only these pairs of opposing personas, comma-separated by their first persona; default all."""
+    samples: int = 0
+    """At most so many items per pair, drawn with the seed; 0 takes all."""
+    model: str = ""
+    """Model to load instead of the one in the manifest (it must have the same weights)."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto."""
+    gamma: float = 0.0
+    """Soft gate: share of a removed weight that stays, in [0, 1) (eq. 7)."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    batch_tokens: int = 2048
+    """Tokens of a padded batch."""
+    bootstrap: int = 2000
+    """Resamples for the 95 % intervals."""
+    options: bool = True
+    """Score two-way items also with the options shown, in both orders."""
+    questions: int = 1
+    """Held-out questions answered under every persona of the first pair."""
+    json: Path | None = None
+    """Write the records here (schema in docs/evaluation.md)."""
+    plot: Path | None = None
+    """PNG of the results; default RUN/evaluation.png."""
+    seed: int = 0
+    """Seed of draws, bootstrap and random masks."""
+    strict: bool = False
+    """Make rows that cannot be used an error instead of a report."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        self.plot = Path(self.plot) if self.plot else self.run / "evaluation.png"
+        self.json = Path(self.json) if self.json else None
+        _one_of("precision", self.precision, PRECISIONS)
+        _check_gamma(self.gamma)
+        for name in ("samples", "questions", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("batch_tokens", "bootstrap"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_length", self.max_length, 2)
+
+
+@dataclass
+class ChatConfig:
+    """Which masks to talk to and how to decode."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote."""
+    persona: str = ""
+    """Persona to start with; default the unmasked model."""
+    model: str = ""
+    """Model to load instead of the one in the manifest (it must have the same weights)."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto."""
+    gamma: float = 0.0
+    """Soft gate: share of a removed weight that stays, in [0, 1) (eq. 7)."""
+    max_new_tokens: int = 160
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 answers greedily, above it samples."""
+    system: str = field(default="")
+    """System prompt; default the chat template's own."""
+    seed: int = 0
+    """Seed of sampling."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        _one_of("precision", self.precision, PRECISIONS)
+        _check_gamma(self.gamma)
+        _at_least("temperature", self.temperature, 0)
+        _at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def parse_devices(text: str) -> int | list[int] | str:
+    """What Lightning takes: a count, a list of device indices, or "auto"."""
+    text = str(text).strip()
+    try:
+        if text == "auto":
+            return text
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--devices {text!r}: expected a number, a list such as 0,2, or auto") from None
+    if "," in text:
+        return values
+    if values[0] < 1:
+        raise UserError(f"--devices {text}: at least 1")
+    return values[0]
+
+
+def _share(text: str, where: str) -> Decimal:
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        raise UserError(f"{where}: {text.strip()!r} is not a number") from None
+    if not (value.is_finite() and 0 <= value < 1):
+        raise UserError(f"{where}: sparsity must lie in [0, 1), got {value}")
+    return value
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"--{name}: unknown {value!r}; known are {', '.join(known)}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"--{name} must be at least {least}, got {value}")
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 <= gamma < 1:
+        raise UserError(f"--gamma must satisfy 0 <= gamma < 1, got {gamma}")

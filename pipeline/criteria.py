@@ -1,0 +1,124 @@
+"""From statistics to the packed mask of one layer, one function per criterion.
+
+A criterion takes a ``Layer`` and returns packed bits; the scores themselves are in ``scoring``.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops.mask_select import mask_select, mask_select_scores
+from pipeline import scoring
+from pipeline.errors import UserError
+from pipeline.stats import ChannelStats
+
+BLOCK = 128
+"""Columns that SparseGPT prunes together (eq. 5)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All that a criterion may look at: a layer's weight ``[N, K]`` and one persona's statistics at its input.
+
+    ``keep`` weights stay in each row. ``taken`` (bool ``[N, K]``) are ranked last: the weights that the
+    opposite pole has kept already, under ``--disjoint``.
+    """
+
+    name: str
+    weight: Tensor
+    persona: str
+    own: ChannelStats
+    other: ChannelStats | None
+    keep: int
+    activation: str = "softplus"
+    temperature: float = 2.0
+    seed: int = 0
+    taken: Tensor | None = None
+
+
+def wanda(layer: Layer) -> Tensor:
+    return _by_channel(layer, scoring.wanda(layer.own.mean_abs))
+
+
+def sparse(layer: Layer) -> Tensor:
+    """In blocks of 128 columns, each with its share of the row's ``keep`` (rounded so that they add up exactly)."""
+    score, columns, blocks = scoring.sparse(layer.own.mean_square), layer.weight.shape[1], []
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        # Cumulative floors apportion the row exactly whatever the block sizes.
+        keep = layer.keep * stop // columns - layer.keep * start // columns
+        taken = None if layer.taken is None else layer.taken[:, start:stop]
+        blocks.append(_select(layer.weight[:, start:stop], score[start:stop], keep, taken))
+    # 128 columns are whole bytes, so packed blocks concatenate.
+    return torch.cat(blocks, dim=1)
+
+
+def contrastive_wanda(layer: Layer) -> Tensor:
+    own, other = layer.own, _opponent(layer)
+    z = scoring.contrast(own.mu, other.mu, own.variance, other.variance)
+    score = scoring.contrastive_wanda(z, layer.activation, layer.temperature)
+    if layer.activation != "relu":
+        return _by_channel(layer, score)
+    magnitude = layer.weight.float().abs()
+    return _by_scores(layer, magnitude * score, magnitude * scoring.wanda(own.mean_abs))
+
+
+def contrastive_sparse(layer: Layer) -> Tensor:
+    own, other = scoring.sparse(layer.own.mean_square), scoring.sparse(_opponent(layer).mean_square)
+    owned, rank = scoring.contrastive_sparse(layer.weight, own, other)
+    return _by_scores(layer, owned, rank)
+
+
+def magnitude(layer: Layer) -> Tensor:
+    return _by_channel(layer, torch.ones(layer.weight.shape[1], device=layer.weight.device))
+
+
+def random_mask(layer: Layer) -> Tensor:
+    """Seeded by layer and persona, the same on every machine."""
+    digest = hashlib.sha256(f"{layer.seed}/{layer.persona}/{layer.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    scores = torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
+    return mask_select_scores(scores, layer.keep)
+
+
+CRITERIA: dict[str, Callable[[Layer], Tensor]] = {
+    "wanda": wanda,
+    "sparse": sparse,
+    "contrastive-wanda": contrastive_wanda,
+    "contrastive-sparse": contrastive_sparse,
+    "magnitude": magnitude,
+    "random": random_mask,
+    # The caller hands it the neutral set's statistics as the persona's own.
+    "neutral": wanda,
+}
+
+
+def _by_channel(layer: Layer, score: Tensor) -> Tensor:
+    return _select(layer.weight, score, layer.keep, layer.taken)
+
+
+def _select(weight: Tensor, score: Tensor, keep: int, taken: Tensor | None) -> Tensor:
+    if taken is None:
+        return mask_select(weight, score, keep)
+    # Free weights first, whatever the score; the score decides within each group.
+    return mask_select_scores((~taken).float(), keep, weight.float().abs() * score)
+
+
+def _by_scores(layer: Layer, scores: Tensor, tiebreak: Tensor) -> Tensor:
+    if layer.taken is None:
+        return mask_select_scores(scores, layer.keep, tiebreak)
+    # Three keys (free, score, tiebreak): rank the last two into one integer-valued key first.
+    order = torch.sort(tiebreak, dim=1, descending=True, stable=True).indices
+    order = order.gather(1, torch.sort(scores.gather(1, order), dim=1, descending=True, stable=True).indices)
+    places = torch.arange(0, -order.shape[1], -1, device=order.device, dtype=torch.float32).expand_as(order)
+    rank = torch.empty_like(scores).scatter_(1, order, places)
+    return mask_select_scores((~layer.taken).float(), layer.keep, rank)
+
+
+def _opponent(layer: Layer) -> ChannelStats:
+    if layer.other is None:
+        raise UserError(f"a contrastive criterion needs an opposing persona, and {layer.persona!r} has none")
+    return layer.other

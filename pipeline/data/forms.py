@@ -1,0 +1,98 @@
+"""The forms a persona row may have, and what is wrong with a row that has none of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NEUTRAL = "neutral"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with the answers of the two poles (the second is None for plain texts).
+
+    ``form`` is "pair", "two-way", "statement" or "text"; ``first`` says which answer the two-way
+    form lists as option A: "matching" or "other". ``source`` is "file:line".
+    """
+
+    question: str
+    matching: str
+    other: str | None
+    form: str
+    first: str = "matching"
+    topic: str = ""
+    split: str = ""
+    source: str = ""
+
+    def swapped(self) -> "Item":
+        """The same item seen from the opposite pole."""
+        if self.other is None:
+            raise ValueError(f"{self.source}: an item with one answer has no opposite pole")
+        first = "other" if self.first == "matching" else "matching"
+        return Item(self.question, self.other, self.matching, self.form, first, self.topic, self.split, self.source)
+
+
+class RowError(ValueError):
+    """A row that is empty or of none of the forms; the message names the fields."""
+
+
+FORMS = (
+    "question, matching, not_matching (pair)",
+    "question, A, B, matching (two-way; matching is A or B)",
+    "question, statement, answer_matching_behavior, answer_not_matching_behavior (statement)",
+    "persona, text or persona, question, answer (plain texts)",
+    "question, answer (neutral)",
+)
+
+
+def parse_row(row: Mapping[str, Any], source: str) -> tuple[str | None, Item]:
+    """The persona that a plain-text row names (else None), and the item. Raises RowError."""
+    fields = set(row) - {None}
+    if {"question", "answer_matching_behavior", "answer_not_matching_behavior"} <= fields:
+        matching, other = _text(row, "answer_matching_behavior"), _text(row, "answer_not_matching_behavior")
+        return None, _two_answers(row, matching, other, "statement", source)
+    if {"question", "A", "B", "matching"} <= fields:
+        return None, _two_way(row, source)
+    if {"question", "matching", "not_matching"} <= fields:
+        return None, _two_answers(row, _text(row, "matching"), _text(row, "not_matching"), "pair", source)
+    if {"persona", "text"} <= fields:
+        return _text(row, "persona"), Item("", _text(row, "text"), None, "text", source=source, split=_split(row))
+    if {"question", "answer"} <= fields:
+        persona = _text(row, "persona") if "persona" in fields else None
+        return persona, Item(_text(row, "question"), _text(row, "answer"), None, "text", source=source, split=_split(row))
+    known = "; ".join(FORMS)
+    raise RowError(f"fields {', '.join(sorted(map(str, fields))) or '(none)'} fit none of the forms: {known}")
+
+
+def _two_way(row: Mapping[str, Any], source: str) -> Item:
+    letter = _text(row, "matching")
+    if letter not in ("A", "B"):
+        raise RowError(f"field 'matching' must be A or B, got {letter[:40]!r}")
+    matching, other = _text(row, letter), _text(row, "B" if letter == "A" else "A")
+    return _two_answers(row, matching, other, "two-way", source, "matching" if letter == "A" else "other")
+
+
+def _two_answers(
+    row: Mapping[str, Any], matching: str, other: str, form: str, source: str, first: str = "matching"
+) -> Item:
+    if matching == other:
+        raise RowError("both answers are the same")
+    topic = str(row.get("topic") or "")
+    return Item(_text(row, "question"), matching, other, form, first, topic, _split(row), source)
+
+
+def _split(row: Mapping[str, Any]) -> str:
+    split = str(row.get("split") or "")
+    if split not in ("", "calibration", "test"):
+        raise RowError(f"field 'split' must be calibration or test, got {split[:40]!r}")
+    return split
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        kind = "empty" if value is None else f"a {type(value).__name__}"
+        raise RowError(f"field {name!r} must be text, it is {kind}")
+    if not value.strip():
+        raise RowError(f"field {name!r} is empty")
+    return value.strip()

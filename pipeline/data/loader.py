@@ -1,0 +1,140 @@
+"""Read persona rows from local CSV and JSON Lines files or from the Hugging Face hub.
+
+Local files are read here line by line, because a report that names file and line needs the line;
+hub ids go through ``datasets``.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.forms import Item, RowError, parse_row
+from pipeline.errors import UserError
+
+MAX_FIELD = 1_000_000
+"""Longest field in characters: anything longer is not a question or an answer."""
+
+
+@dataclass
+class Loaded:
+    """Rows of one source: items by persona (None where the row names none), and what was left out."""
+
+    items: dict[str | None, list[Item]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def load_rows(source: str, *, strict: bool = False) -> Loaded:
+    """Load ``source``, a ``.csv``, ``.jsonl`` or ``.json`` file or a hub id, ``id`` or ``id:split``.
+
+    Rows that are empty, repeated or of no known form are left out and listed in ``problems`` with
+    file and line; ``strict`` raises on the first. Raises UserError when nothing usable is there.
+    """
+    loaded = Loaded()
+    seen: dict[tuple[str, str, str | None], str] = {}
+    for place, row in _rows(source):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            persona, item = parse_row(row, place)
+            key = (item.question, item.matching, item.other)
+            if key in seen:
+                raise RowError(f"the row repeats {seen[key]}")
+            seen[key] = place
+            loaded.items.setdefault(persona, []).append(item)
+        except RowError as error:
+            problem = f"{place}: {error}"
+            if strict:
+                raise UserError(problem) from error
+            loaded.problems.append(problem)
+    _check_split(loaded, strict)
+    if not any(loaded.items.values()):
+        first = f"; the first problem: {loaded.problems[0]}" if loaded.problems else ""
+        raise UserError(f"{source}: no usable rows{first}")
+    return loaded
+
+
+def _rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{source}: a folder, expected a .csv or .jsonl file or a hub id")
+    if not path.exists() and (suffix in (".csv", ".jsonl", ".json") or source.startswith((".", "/", "~"))):
+        raise UserError(f"{source}: no such file")
+    if not path.exists():
+        yield from _hub_rows(source)
+    elif suffix == ".csv":
+        yield from _csv_rows(path)
+    elif suffix in (".jsonl", ".json"):
+        yield from _json_rows(path)
+    else:
+        raise UserError(f"{source}: expected a .csv or .jsonl file or a hub id, got suffix {suffix!r}")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    limit = csv.field_size_limit(MAX_FIELD)
+    try:
+        with open(path, encoding="utf-8-sig", errors="strict", newline="") as file:
+            reader = csv.DictReader(file)
+            start = 2
+            for row in reader:
+                place = f"{path}:{start}"
+                start = reader.line_num + 1
+                extra = row.pop(None, None)  # type: ignore[call-overload]
+                yield place, RowError(f"the row has {len(extra)} fields too many") if extra else row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable UTF-8 CSV file: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            if not line.strip():
+                yield place, RowError("the line is empty")
+            elif len(line) > 4 * MAX_FIELD:
+                yield place, RowError(f"the line has {len(line)} bytes, more than {4 * MAX_FIELD}")
+            else:
+                yield place, _json_row(line)
+
+
+def _json_row(line: bytes) -> dict[str, Any] | RowError:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return RowError(f"not a line of JSON in UTF-8: {type(error).__name__}: {error}")
+    return row if isinstance(row, dict) else RowError(f"the line holds a {type(row).__name__}, not an object")
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    # Offline the hub client retries for half a minute before it says so.
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise UserError(
+            f"{source!r} is neither a local file nor a dataset that could be loaded from the hub{offline}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    for number, row in enumerate(table):
+        yield f"{source}:{number}", dict(row)
+
+
+def _check_split(loaded: Loaded, strict: bool) -> None:
+    """Test items whose question is also a calibration question are left out."""
+    for persona, items in loaded.items.items():
+        calibration = {i.question.casefold(): i.source for i in items if i.split != "test"}
+        crossing = [i for i in items if i.split == "test" and i.question.casefold() in calibration]
+        problems = [f"{i.source}: repeats the question of {calibration[i.question.casefold()]}" for i in crossing]
+        if problems and strict:
+            raise UserError(problems[0])
+        loaded.problems += problems
+        loaded.items[persona] = [i for i in items if i not in crossing]

@@ -1,0 +1,112 @@
+"""From question and answer to token ids, and which tokens of a sequence count."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kernels.ops.activation_stats import COUNTED, IGNORED, SINK
+from pipeline.errors import UserError
+
+TOKENS = ("predicting", "answer", "prompt", "all")
+"""Which positions count, see ``roles``."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence. The answer is ``ids[answer:]``, the question's own words are ``ids[question]``."""
+
+    ids: tuple[int, ...]
+    answer: int
+    question: range
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Prompter:
+    """Renders questions with the tokenizer's chat template, or as "Question: ... Answer:" without one.
+
+    Without a system prompt the template's own default stays. Raises UserError for a tokenizer that
+    cannot tell which characters a token covers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{type(tokenizer).__name__}: a fast tokenizer is needed (token offsets)")
+        self.tokenizer = tokenizer
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+
+    def prompt(self, question: str, system: str | None = None) -> str:
+        """The text up to where the answer begins."""
+        if not question and not system:
+            return ""
+        if not self.chat:
+            return "\n".join(filter(None, (system, f"Question: {question}", "Answer:")))
+        messages = [{"role": "user", "content": question}]
+        if system:
+            messages = self._with_system(system, question)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, question: str, answer: str, system: str | None = None) -> Encoded:
+        """Tokenize prompt and answer as one text, so that tokens at the border are what generation sees.
+
+        A token that reaches into the answer belongs to it.
+        """
+        prompt = self.prompt(question, system)
+        text = prompt + (answer if self.chat or not prompt else " " + answer)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not (self.chat and prompt))
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+        found = prompt.rfind(question) if question else -1
+        inside = [i for i, (a, b) in enumerate(offsets) if found >= 0 and b > found and a < found + len(question) and b > a]
+        return Encoded(tuple(ids), start, range(inside[0], inside[-1] + 1) if inside else range(0))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+        return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+
+    def _with_system(self, system: str, question: str) -> list[dict[str, str]]:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # noqa: BLE001 - templates raise what they like for a role they do not know
+            rendered = ""
+        if system in rendered:
+            return messages
+        return [{"role": "user", "content": f"{system}\n\n{question}"}]
+
+
+def roles(encoded: Encoded, tokens: str) -> list[int]:
+    """The role of every token (``kernels.ops.activation_stats``).
+
+    "predicting": positions that predict an answer token, from the last of the prompt to the last but
+    one of the answer (for a Yes/No answer the one position that decides). "answer": the answer's own
+    tokens. "prompt": the question's own words, without the template's. "all": question and answer.
+    Position 0 is the attention sink in every case.
+    """
+    counted: set[int] = set()
+    if tokens == "predicting":
+        counted |= set(range(max(encoded.answer - 1, 0), len(encoded) - 1))
+    if tokens in ("answer", "all"):
+        counted |= set(range(encoded.answer, len(encoded)))
+    if tokens in ("prompt", "all"):
+        counted |= set(encoded.question)
+    return [SINK if i == 0 else COUNTED if i in counted else IGNORED for i in range(len(encoded))]
+
+
+def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped so that a padded batch has at most ``budget`` tokens, longest sequences first.
+
+    The grouping depends on the lengths alone, not on how many devices share the batches. A sequence
+    longer than the budget gets a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    width = 0
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * width <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            width = lengths[index]
+    return batches

@@ -1,0 +1,5 @@
+"""Errors that the user can mend: one sentence that names what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """Bad input or a missing resource. Command lines print the message and exit with code 2."""

@@ -1,0 +1,59 @@
+"""What identifies a model and a data set, so that a mask is never put on other weights unnoticed."""
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.forms import Item
+from pipeline.sites import matrix
+
+SAMPLED = 65536
+"""Weights of a layer that its fingerprint reads, evenly spread: a whole 70B model would take minutes."""
+
+
+def layer_fingerprint(weight: Tensor) -> str:
+    """Hash of the shape and of up to 65536 evenly spread weights ``[N, K]``, rounded to bfloat16.
+
+    Rounded, so that a model loaded in float32 or bfloat16 has the same fingerprint.
+    """
+    flat = weight.detach().reshape(-1)
+    step = max(1, flat.numel() // SAMPLED)
+    sample = flat[::step].to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(f"{list(weight.shape)}".encode() + sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def model_fingerprints(linears: dict[str, nn.Module]) -> dict[str, str]:
+    """The fingerprint of every layer, by name."""
+    return {name: layer_fingerprint(matrix(module)) for name, module in linears.items()}
+
+
+def question_hash(item: Item) -> str:
+    """Identifies a question (or a plain text), so that an evaluation can leave out what was calibrated on."""
+    text = item.question or item.matching
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()[:16]
+
+
+def data_hash(items: Iterable[Item]) -> str:
+    """Hash over questions and answers in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        for text in (item.question, item.matching, item.other or ""):
+            digest.update(text.encode() + b"\x00")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import lightning
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": lightning.__version__,
+    }

@@ -1,0 +1,149 @@
+"""Sets of persona masks: density, overlap, algebra. A mask is True where a weight is kept."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ops.mask_select import mask_select_scores
+from kernels.ops.pack_bits import pack_bits, unpack_bits
+
+_ONES = torch.tensor([bin(value).count("1") for value in range(256)], dtype=torch.int64)
+
+
+@dataclass
+class PersonaMasks:
+    """Packed masks of any number of personas over the same layers.
+
+    ``shapes[layer]`` is ``(N, K)``; ``bits[persona][layer]`` is uint8 ``[N, ceil(K / 8)]``; ``manifest``
+    says where they come from (``pipeline.store``).
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    bits: dict[str, dict[str, Tensor]]
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def personas(self) -> tuple[str, ...]:
+        return tuple(self.bits)
+
+    def mask(self, persona: str, layer: str) -> Tensor:
+        """Bool ``[N, K]``, True = kept."""
+        return unpack_bits(self._of(persona)[layer], self.shapes[layer][1])
+
+    def kept(self, persona: str) -> dict[str, int]:
+        """Number of weights kept, by layer."""
+        return {layer: _count(bits) for layer, bits in self._of(persona).items()}
+
+    def density(self, persona: str, layer: str | None = None) -> float:
+        """Share of weights kept, in one layer or in all."""
+        layers = self.shapes if layer is None else {layer: self.shapes[layer]}
+        total = sum(rows * columns for rows, columns in layers.values())
+        return sum(_count(self._of(persona)[name]) for name in layers) / max(total, 1)
+
+    def jaccard(self, a: str, b: str, layer: str | None = None) -> float:
+        """Kept by both over kept by either; 1 for two empty masks."""
+        both, either = self._both_either(a, b, layer)
+        return both / either if either else 1.0
+
+    def chance_jaccard(self, a: str, b: str, layer: str | None = None) -> float:
+        """What two independent random masks of the same densities would have: d_a d_b / (d_a + d_b - d_a d_b)."""
+        both = either = 0.0
+        for name in self.shapes if layer is None else (layer,):
+            size = self.shapes[name][0] * self.shapes[name][1]
+            x, y = self.density(a, name), self.density(b, name)
+            both += size * x * y
+            either += size * (x + y - x * y)
+        return both / either if either else 1.0
+
+    def difference_share(self, a: str, b: str, layer: str | None = None) -> float:
+        """Share of weights that only one of the two keeps (the paper's mask difference, T. 2)."""
+        both, either = self._both_either(a, b, layer)
+        layers = self.shapes if layer is None else {layer: self.shapes[layer]}
+        return (either - both) / max(sum(rows * columns for rows, columns in layers.values()), 1)
+
+    def union(self, name: str, personas: Iterable[str]) -> "PersonaMasks":
+        """A mask that keeps what any of the personas keeps."""
+        return self._combine(name, personas, torch.bitwise_or)
+
+    def intersection(self, name: str, personas: Iterable[str]) -> "PersonaMasks":
+        """A mask that keeps what all of the personas keep: it unites what they remove (METHOD: several personas)."""
+        return self._combine(name, personas, torch.bitwise_and)
+
+    def difference(self, name: str, a: str, b: str) -> "PersonaMasks":
+        """A mask that keeps what ``a`` keeps and ``b`` does not."""
+        return self._combine(name, (a, b), lambda x, y: x & ~y)
+
+    def mix(self, name: str, a: str, b: str, share: float, seed: int = 0) -> "PersonaMasks":
+        """Appendix F: what both keep, and of what only one keeps ``share`` of a's and ``1 - share`` of b's.
+
+        Row by row, the counts rounded half up, the choice seeded: a row keeps as many weights as a and b do
+        where these agree on the number.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in [0, 1], got {share}")
+        generator = torch.Generator().manual_seed(seed)
+        mixed = {}
+        for layer in self.shapes:
+            x, y = self.mask(a, layer), self.mask(b, layer)
+            only_a, only_b = x & ~y, y & ~x
+            counts = (share * only_a.sum(1) + 0.5).floor().long()
+            chosen = _random_subset(only_a, counts, generator)
+            chosen |= _random_subset(only_b, only_b.sum(1) - (share * only_b.sum(1) + 0.5).floor().long(), generator)
+            mixed[layer] = pack_bits((x & y) | chosen)
+        return self._new(name, mixed)
+
+    def random_like(self, persona: str, seed: int, name: str) -> "PersonaMasks":
+        """A random mask that keeps as many weights in every row as ``persona`` does: the control."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for layer in self.shapes:
+            mask = self.mask(persona, layer)
+            everything = torch.ones_like(mask)
+            drawn[layer] = pack_bits(_random_subset(everything, mask.sum(1), generator))
+        return self._new(name, drawn)
+
+    def __or__(self, other: "PersonaMasks") -> "PersonaMasks":
+        """The personas of both. Raises ValueError if layers differ or a persona is in both."""
+        if self.shapes != other.shapes:
+            raise ValueError("masks over different layers cannot be put together")
+        if twice := set(self.bits) & set(other.bits):
+            raise ValueError(f"personas in both: {', '.join(sorted(twice))}")
+        return PersonaMasks(self.shapes, {**self.bits, **other.bits}, self.manifest)
+
+    def _combine(self, name: str, personas: Iterable[str], operation: Callable[[Tensor, Tensor], Tensor]) -> "PersonaMasks":
+        parts = [self._of(p) for p in personas]
+        if not parts:
+            raise ValueError("no personas given")
+        return self._new(name, {layer: reduce(operation, (p[layer] for p in parts)) for layer in self.shapes})
+
+    def _new(self, name: str, bits: dict[str, Tensor]) -> "PersonaMasks":
+        return PersonaMasks(self.shapes, {name: bits}, self.manifest)
+
+    def _both_either(self, a: str, b: str, layer: str | None) -> tuple[int, int]:
+        x, y = self._of(a), self._of(b)
+        layers = self.shapes if layer is None else (layer,)
+        return sum(_count(x[name] & y[name]) for name in layers), sum(_count(x[name] | y[name]) for name in layers)
+
+    def _of(self, persona: str) -> dict[str, Tensor]:
+        if persona not in self.bits:
+            raise KeyError(f"unknown persona {persona!r}; known are {', '.join(self.bits)}")
+        return self.bits[persona]
+
+
+def _count(bits: Tensor) -> int:
+    return int(_ONES[bits.flatten().long().cpu()].sum())
+
+
+def _random_subset(candidates: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
+    """In every row, ``counts`` random members of ``candidates`` (bool ``[N, K]``)."""
+    keys = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates, -1)
+    if counts.numel() and bool((counts == counts[0]).all()):
+        # The usual case, one count for all rows, is a plain selection.
+        columns = candidates.shape[1]
+        return unpack_bits(mask_select_scores(keys, int(counts[0]), None), columns) & candidates
+    place = keys.argsort(1, descending=True, stable=True).argsort(1, stable=True)
+    return (place < counts.unsqueeze(1)) & candidates

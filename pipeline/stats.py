@@ -1,0 +1,102 @@
+"""Activation statistics per persona and input channel: sums that add up over samples, batches and devices.
+
+Everything is float64. Sums of disjoint sample sets add; weighted sums compose personas (the sixteen
+types, mixtures). Field meanings: ``kernels.ops.activation_stats``.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops.activation_stats import FIELDS
+from pipeline.sites import Site
+
+SAMPLES, TOKENS, SINKS = range(3)
+"""Columns of ``ActivationStats.counts``."""
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """What one persona's samples say about one input: every tensor is float64 ``[K]``.
+
+    ``mean_abs`` is A of eq. 2, ``mean_square`` its squared counterpart (Wanda's norm squared over the
+    number of tokens), ``mu`` and ``variance`` (population) are over sequences of the per-sequence
+    RMS (eq. 8), ``mean`` is signed, ``sink_square`` is the mean square at position 0.
+    """
+
+    mean_abs: Tensor
+    mean_square: Tensor
+    mean: Tensor
+    mu: Tensor
+    variance: Tensor
+    sink_square: Tensor
+
+
+@dataclass
+class ActivationStats:
+    """Sums for P personas at every site.
+
+    ``sums[site]`` is float64 ``[P, 8, K]``; ``counts`` float64 ``[P, 3]``: samples, counted tokens and
+    sink tokens (fractional after a weighted composition).
+    """
+
+    personas: tuple[str, ...]
+    sites: tuple[Site, ...]
+    sums: dict[str, Tensor]
+    counts: Tensor
+
+    @classmethod
+    def zeros(cls, personas: Iterable[str], sites: Iterable[Site], device: torch.device | str = "cpu") -> "ActivationStats":
+        names, places = tuple(personas), tuple(sites)
+        options = {"dtype": torch.float64, "device": device}
+        sums = {s.name: torch.zeros(len(names), len(FIELDS), s.width, **options) for s in places}  # type: ignore[arg-type]
+        return cls(names, places, sums, torch.zeros(len(names), 3, **options))  # type: ignore[arg-type]
+
+    def merge(self, other: "ActivationStats") -> "ActivationStats":
+        """Add the sums of disjoint samples in place. Raises ValueError if personas or sites differ."""
+        if self.personas != other.personas or self.sites != other.sites:
+            raise ValueError("statistics of different personas or layers cannot be merged")
+        for name, sums in self.sums.items():
+            sums += other.sums[name]
+        self.counts += other.counts
+        return self
+
+    def compose(self, recipes: Mapping[str, Iterable[tuple[str, float]]]) -> "ActivationStats":
+        """Statistics of personas united by weight, ``{"INTJ": [("introvert", 1.0), ...]}``: the weighted sums."""
+        weights = torch.zeros(len(recipes), len(self.personas), dtype=torch.float64, device=self.counts.device)
+        for row, parts in enumerate(recipes.values()):
+            for persona, weight in parts:
+                weights[row, self.personas.index(persona)] += weight
+        sums = {name: torch.einsum("rp,pfk->rfk", weights, value) for name, value in self.sums.items()}
+        return ActivationStats(tuple(recipes), self.sites, sums, weights @ self.counts)
+
+    def select(self, personas: Iterable[str]) -> "ActivationStats":
+        """The statistics of some personas, in the order given."""
+        return self.compose({name: [(name, 1.0)] for name in personas})
+
+    def concatenate(self, other: "ActivationStats") -> "ActivationStats":
+        """The personas of both, measured at the same sites."""
+        if self.sites != other.sites:
+            raise ValueError("statistics of different layers cannot be put together")
+        sums = {name: torch.cat([value, other.sums[name]]) for name, value in self.sums.items()}
+        return ActivationStats(self.personas + other.personas, self.sites, sums, torch.cat([self.counts, other.counts]))
+
+    def channels(self, persona: str, site: str) -> ChannelStats:
+        """Means of one persona at one site. Raises ValueError if it has no counted token."""
+        row = self.personas.index(persona)
+        samples, tokens, sinks = self.counts[row].tolist()
+        if samples <= 0 or tokens <= 0:
+            raise ValueError(f"persona {persona!r} has no counted token")
+        rms, ms, square, magnitude, signed, sink_square, _, _ = self.sums[site][row]
+        mu = rms / samples
+        return ChannelStats(
+            mean_abs=magnitude / tokens,
+            mean_square=square / tokens,
+            mean=signed / tokens,
+            mu=mu,
+            # Cancellation can leave a rounding error below zero for a channel that never varies.
+            variance=(ms / samples - mu.square()).clamp(min=0),
+            sink_square=sink_square / max(sinks, 1),
+        )

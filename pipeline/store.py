@@ -1,0 +1,204 @@
+"""The on-disk format: safetensors and one JSON manifest, written atomically, verified on reading.
+
+See docs/format.md. A run is built in a staging folder beside its destination and renamed when it is
+complete, so that a folder with a manifest is always whole.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernels.ops.activation_stats import FIELDS
+from pipeline.data.catalogue import check_name
+from pipeline.errors import UserError
+from pipeline.masks import PersonaMasks
+from pipeline.sites import Site
+from pipeline.stats import ActivationStats
+
+FORMAT = "persona-subnetworks/masks"
+VERSION = 1
+MANIFEST = "manifest.json"
+STATISTICS = "statistics.safetensors"
+MAX_MANIFEST = 1 << 30
+
+
+@contextmanager
+def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A staging folder that becomes ``output`` if the block succeeds and vanishes if it fails.
+
+    Raises UserError if ``output`` holds something that is not a run, or a run without ``overwrite``.
+    """
+    check_output(output, overwrite)
+    staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+        if (output / MANIFEST).exists():
+            output.rename(replaced)
+        staging.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"could not write {output}: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError unless ``output`` may be written."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output {output}: a file of that name exists")
+    if (output / MANIFEST).exists():
+        if not overwrite:
+            raise UserError(f"--output {output}: an earlier run is there; give another folder or --overwrite true")
+        return
+    if any(output.iterdir()):
+        raise UserError(f"--output {output}: the folder holds something that is not a run of this tool")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name and rename it. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(temporary), metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name and rename it. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_statistics(stats: ActivationStats, path: Path) -> None:
+    """Write the statistics of every persona and site."""
+    header = {
+        "personas": json.dumps(stats.personas),
+        "sites": json.dumps([[s.name, s.width, list(s.linears)] for s in stats.sites]),
+    }
+    write_tensors(path, {"counts": stats.counts, **{f"sums/{n}": t for n, t in stats.sums.items()}}, header)
+
+
+def load_statistics(path: Path) -> ActivationStats:
+    """Read what ``save_statistics`` wrote. Raises UserError."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            personas = tuple(json.loads(header["personas"]))
+            sites = tuple(Site(name, width, tuple(linears)) for name, width, linears in json.loads(header["sites"]))
+            sums = {site.name: file.get_tensor(f"sums/{site.name}") for site in sites}
+            counts = file.get_tensor("counts")
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a statistics file of this tool ({error})") from error
+    for site in sites:
+        if sums[site.name].shape != (len(personas), len(FIELDS), site.width):
+            raise UserError(f"{path}: sums of {site.name} have shape {list(sums[site.name].shape)}")
+    return ActivationStats(personas, sites, sums, counts)
+
+
+def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> None:
+    """Write one safetensors file a persona and, last, the manifest with their hashes. Raises OSError."""
+    files = {}
+    for persona in masks.personas:
+        name = f"masks/{check_name(persona)}.safetensors"
+        write_tensors(folder / name, masks.bits[persona], {"format": FORMAT, "persona": persona})
+        files[persona] = {
+            "file": name,
+            "bytes": (folder / name).stat().st_size,
+            "sha256": _sha256(folder / name),
+            "density": masks.density(persona),
+            "kept": masks.kept(persona),
+        }
+    layers = {name: list(shape) for name, shape in masks.shapes.items()}
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "layers": layers, "masks": files})
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a run. Raises UserError."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder}: no {MANIFEST} there, so it is not a finished run of pipeline.calibrate")
+    try:
+        if path.stat().st_size > MAX_MANIFEST:
+            raise ValueError(f"{path.stat().st_size} bytes are no manifest")
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}")
+        if manifest["version"] != VERSION:
+            raise ValueError(f"version {manifest['version']!r}; this program reads version {VERSION}")
+        for shape in manifest["layers"].values():
+            if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise ValueError(f"layer shape {shape}")
+        for persona, entry in manifest["masks"].items():
+            if entry["file"] != f"masks/{check_name(persona)}.safetensors":
+                raise ValueError(f"file name {entry['file']!r} of persona {persona!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a manifest of this tool ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def load_masks(folder: Path) -> PersonaMasks:
+    """Read and verify all masks of a run. Raises UserError for truncated, altered or foreign files."""
+    manifest = load_manifest(folder)
+    shapes = {name: (shape[0], shape[1]) for name, shape in manifest["layers"].items()}
+    bits = {persona: _load_persona(folder / entry["file"], entry, shapes) for persona, entry in manifest["masks"].items()}
+    return PersonaMasks(shapes, bits, manifest)
+
+
+def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if size != entry["bytes"]:
+        raise UserError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; the file is truncated or altered")
+    if _sha256(path) != entry["sha256"]:
+        raise UserError(f"{path}: the checksum differs from the manifest's; the file is altered")
+    expected = sum(rows * math.ceil(columns / 8) for rows, columns in shapes.values())
+    if size < expected:
+        raise UserError(f"{path}: {size} bytes cannot hold {expected} bytes of masks")
+    try:
+        with safe_open(str(path), "pt") as file:
+            if set(file.keys()) != set(shapes):
+                raise ValueError(f"layers differ from the manifest's: {sorted(set(file.keys()) ^ set(shapes))[:3]}")
+            bits = {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, (rows, columns) in shapes.items():
+        if bits[name].dtype != torch.uint8 or tuple(bits[name].shape) != (rows, math.ceil(columns / 8)):
+            raise UserError(f"{path}: mask of {name} is {list(bits[name].shape)} {bits[name].dtype}, layer is [{rows}, {columns}]")
+    return bits
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
