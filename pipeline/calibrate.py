@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import note, parse, quiet_libraries, run
-from pipeline.config import CONTRASTIVE, CalibrateConfig, Sparsity
+from pipeline.config import CONTRASTIVE, CalibrateConfig
 from pipeline.errors import UserError
 
 DESCRIPTION = (
@@ -18,8 +18,6 @@ DESCRIPTION = (
 
 def calibrate(config: CalibrateConfig) -> Path:
     """Run the whole calibration and return the output folder. Raises UserError."""
-    import torch
-
     from pipeline.data.catalogue import load_catalogue, neutral_set
     from pipeline.store import STATISTICS, check_output, load_statistics, staged_folder
 
@@ -31,9 +29,6 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda or sparse)")
     if config.criterion == "neutral":
         catalogue.sets.append(neutral_set())
-    # See calibration.measure: before a fork, no thread pool may exist.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     started = time.monotonic()
     with staged_folder(config.output, config.overwrite) as staging:
         target = staging / STATISTICS
@@ -43,7 +38,6 @@ def calibrate(config: CalibrateConfig) -> Path:
             save_statistics(load_statistics(Path(config.statistics) / STATISTICS), target)
         else:
             _measure(config, catalogue, target)
-        torch.set_num_threads(threads)
         note(f"statistics: {time.monotonic() - started:.1f} s")
         _build(config, catalogue, load_statistics(target), staging)
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")

@@ -77,11 +77,6 @@ class StatisticsModule(lightning.LightningModule):
 class Throughput(TQDMProgressBar):
     """The progress bar with tokens per second over all devices."""
 
-    def init_predict_tqdm(self):
-        bar = super().init_predict_tqdm()
-        bar.set_description("calibrating")
-        return bar
-
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_predict_start(trainer, pl_module)
         self._started = time.monotonic()
@@ -107,8 +102,11 @@ def measure(config: CalibrateConfig, data: CalibrationData, personas: tuple[str,
             strategy = "ddp"
         else:
             # Forking starts in a fraction of the time, but a forked child inherits no OpenMP threads:
-            # until here the parent must not have started any (torch.set_num_threads(1) in calibrate).
+            # the parent must not have started any before.
             strategy = "ddp_fork"
+    threads = torch.get_num_threads()
+    if strategy == "ddp_fork":
+        torch.set_num_threads(1)
     try:
         trainer = lightning.Trainer(
             accelerator="cpu" if on_cpu else config.accelerator,
@@ -125,6 +123,7 @@ def measure(config: CalibrateConfig, data: CalibrationData, personas: tuple[str,
     except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
     trainer.predict(StatisticsModule(config, personas, target), datamodule=data, return_predictions=False)
+    torch.set_num_threads(threads)
 
 
 def _has_accelerator() -> bool:

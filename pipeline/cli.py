@@ -1,7 +1,9 @@
 """What the command lines share: options from a dataclass, exit codes, warnings on stderr."""
 
+import dataclasses
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,22 +15,47 @@ C = TypeVar("C")
 
 
 def parse(config: type[C], description: str, argv: list[str] | None) -> C:
-    """Parse ``argv`` into ``config``; help texts are the docstrings under its fields.
+    """Parse ``argv`` into the dataclass ``config``; help texts are the docstrings under its fields.
 
-    Fields without a default become positional. Exits with code 2 on an unknown or malformed option.
+    Fields without a default are positional, ``max_length`` is ``--max-length``, a bool is ``--name`` or
+    ``--no-name``. Exits with code 2 on an unknown or malformed option.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    class Parser(ArgumentParser):
+        def format_help(self) -> str:
+            return re.sub(r"--[a-z_]+", lambda m: m.group().replace("_", "-"), super().format_help())
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
     parser.add_class_arguments(config, as_positional=True)
-    values = parser.parse_args(argv).as_dict()
+    switches = {f.name for f in dataclasses.fields(config) if f.type is bool}  # type: ignore[arg-type]
+    values = parser.parse_args(_normalised(sys.argv[1:] if argv is None else argv, switches)).as_dict()
     values.pop("config", None)
     try:
         return config(**values)
     except UserError as error:
         parser.error(str(error))
+
+
+def _normalised(argv: list[str], switches: set[str]) -> list[str]:
+    """``--max-length 5`` as ``--max_length 5``, ``--strict`` as ``--strict true``, ``--no-strict`` as ``--strict false``."""
+    result = []
+    for position, word in enumerate(argv):
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        following = argv[position + 1] if position + 1 < len(argv) else ""
+        if name in switches and not equals and following not in ("true", "false"):
+            result.append(f"--{name}=true")
+        elif name.startswith("no_") and name[3:] in switches:
+            result.append(f"--{name[3:]}=false")
+        else:
+            result.append(f"--{name}{equals}{value}")
+    return result
 
 
 def run(main: Callable[[], Any]) -> int:
@@ -47,9 +74,12 @@ def run(main: Callable[[], Any]) -> int:
 def quiet_libraries() -> None:
     """Silence what says nothing to our user: device tips, worker counts, deprecations inside libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    for pattern in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*srun.*"):
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        # A level set by Lightning at its import would win; a disabled logger stays silent.
+        for part in ("", ".utilities.rank_zero"):
+            logging.getLogger(name + part).disabled = True
+    for pattern in (".*does not have many workers.*", ".*LeafSpec.*", ".*srun.*", ".*predict returned None.*"):
         warnings.filterwarnings("ignore", pattern)
 
 

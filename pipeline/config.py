@@ -175,7 +175,7 @@ class EvaluateConfig:
         self.plot = Path(self.plot) if self.plot else self.run / "evaluation.png"
         self.json = Path(self.json) if self.json else None
         _one_of("precision", self.precision, PRECISIONS)
-        _check_gamma(self.gamma)
+        check_gamma(self.gamma)
         for name in ("samples", "questions", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("batch_tokens", "bootstrap"):
@@ -211,7 +211,7 @@ class ChatConfig:
     def __post_init__(self) -> None:
         self.run = Path(self.run)
         _one_of("precision", self.precision, PRECISIONS)
-        _check_gamma(self.gamma)
+        check_gamma(self.gamma)
         _at_least("temperature", self.temperature, 0)
         _at_least("max_new_tokens", self.max_new_tokens, 1)
 
@@ -255,6 +255,6 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise UserError(f"--{name} must be at least {least}, got {value}")
 
 
-def _check_gamma(gamma: float) -> None:
+def check_gamma(gamma: float) -> None:
     if not 0 <= gamma < 1:
         raise UserError(f"--gamma must satisfy 0 <= gamma < 1, got {gamma}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
@@ -75,12 +75,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(temporary), metadata)
-        with open(temporary, "rb") as file:
+        content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,182 @@
+"""Run the protocol over pairs of personas and conditions, and turn it into records (docs/evaluation.md)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.data.catalogue import DICHOTOMIES, POLE_OF_LETTER, TYPES, Catalogue, PersonaSet, load_catalogue, persona_prompt, shipped_set
+from pipeline.data.forms import Item
+from pipeline.errors import UserError
+from pipeline.fingerprint import question_hash
+from pipeline.intervals import bootstrap_interval
+from pipeline.protocol import STATEMENT, Margins, forms_of, margins
+
+SCHEMA = "persona-subnetworks/evaluation"
+SCHEMA_VERSION = 1
+CONDITIONS = ("unmasked", "prompt", "own mask", "opponent mask", "random mask")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One condition and persona. Field meanings: docs/evaluation.md."""
+
+    condition: str
+    persona: str
+    pair: str
+    criterion: str
+    removed: float
+    form: str
+    n: int
+    score_sum: float
+    score_normalised: float
+    auc: float | None
+    margin: float
+    margin_shift: float
+    ci_low: float
+    ci_high: float
+    own_answer: float
+    perplexity: float
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of the model: which mask is on, which system prompt is used, and what neutral text costs there."""
+
+    condition: str
+    persona: str
+    system: str | None
+    removed: float
+    perplexity: float
+    measured: dict[str, Margins]
+
+
+def held_out(manifest: dict[str, Any], data: str, strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
+    """The pairs to evaluate: from ``--data``, else the shipped sets' test split (types: united from them).
+
+    Items whose question was calibrated on are left out and counted aloud. Raises UserError if a set has
+    no items left or its personas are not in the run.
+    """
+    opponents: dict[str, str] = manifest["personas"]["opponents"]
+    sets = _from_data(data, opponents, strict, say) if data else _shipped(opponents)
+    if not sets:
+        known = ", ".join(manifest["masks"])
+        raise UserError(f"no held-out items are shipped for these personas ({known}); give --data PLUS/MINUS=SOURCE")
+    used = {h for hashes in manifest["personas"]["questions"].values() for h in hashes}
+    clean = []
+    for pair in sets:
+        items = pair.split("test")
+        fresh = tuple(i for i in items if question_hash(i) not in used)
+        if len(fresh) < len(items):
+            say(f"{pair.plus}: {len(items) - len(fresh)} of {len(items)} items left out, their questions were calibrated on")
+        if not fresh:
+            raise UserError(f"{pair.source}: no item is left that was not calibrated on")
+        clean.append(PersonaSet(pair.plus, pair.minus, fresh, pair.source))
+    return clean
+
+
+def _shipped(opponents: dict[str, str]) -> list[PersonaSet]:
+    sets = []
+    for name in DICHOTOMIES:
+        plus, minus = name.split("-")
+        if plus in opponents and opponents[plus] == minus:
+            sets.append(shipped_set(name))
+    for name in TYPES:
+        # Each pair of opposite types once, from the introvert's side.
+        if name[0] == "I" and name in opponents:
+            sets.append(PersonaSet(name, opponents[name], tuple(type_items(name)), "types"))
+    return sets
+
+
+def type_items(name: str) -> Iterable[Item]:
+    """The items of the four dichotomies, seen from the poles of a type."""
+    for dichotomy, (first, _) in DICHOTOMIES.items():
+        for item in shipped_set(dichotomy).items:
+            yield item if first in name else item.swapped()
+
+
+def _from_data(data: str, opponents: dict[str, str], strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
+    parts = [p.strip() for p in data.split(",") if p.strip()]
+    if len(parts) == 1 and "=" not in parts[0] and len(opponents) == 2:
+        # One pair of personas, one file: no need to name them again.
+        plus = next(iter(opponents))
+        parts = [f"{plus}/{opponents[plus]}={parts[0]}"]
+    catalogue: Catalogue = load_catalogue(",".join(parts), strict=strict)
+    for problem in catalogue.problems:
+        say(f"left out: {problem}")
+    for pair in catalogue.sets:
+        if pair.minus is None or opponents.get(pair.plus) != pair.minus:
+            pairs = ", ".join(f"{a}/{b}" for a, b in opponents.items())
+            raise UserError(f"{pair.source}: {'/'.join(pair.poles)} is not a pair of this run; known are {pairs}")
+    return catalogue.sets
+
+
+def measure_state(
+    model: Any, prompter: Any, pair: PersonaSet, *, options: bool, system: str | None, limits: Any
+) -> dict[str, Margins]:
+    """Margins of a pair's items in every form, under the model as it is now."""
+    items: Sequence[Item] = pair.items
+    return {form: margins(model, prompter, items, form, system=system, limits=limits) for form in forms_of(items, options)}
+
+
+def records_of(
+    pair: PersonaSet, base: State, states: Sequence[State], *, criterion: str, resamples: int, seed: int
+) -> list[Record]:
+    """One record per state, form and persona that the state speaks for (both poles of the unmasked model)."""
+    records = []
+    for state in (base, *states):
+        for form, measured in state.measured.items():
+            for plus, persona in ((True, pair.plus), (False, pair.minus)):
+                if state.persona in (persona, ""):
+                    assert persona is not None
+                    shift = _shift(measured, base.measured[form], plus)
+                    low, high = bootstrap_interval(shift, resamples=resamples, seed=seed)
+                    records.append(_record(state, pair, persona, measured, plus, shift, (low, high), criterion, seed))
+    return records
+
+
+def _shift(measured: Margins, base: Margins, plus: bool) -> list[float]:
+    """Per item, how far the summed margin moved towards the pole."""
+    sign = 1 if plus else -1
+    return [sign * (a - b) for a, b in zip(measured.summed, base.summed, strict=True)]
+
+
+def _record(
+    state: State,
+    pair: PersonaSet,
+    persona: str,
+    measured: Margins,
+    plus: bool,
+    shift: list[float],
+    interval: tuple[float, float],
+    criterion: str,
+    seed: int,
+) -> Record:
+    count = len(measured.summed)
+    own = measured.matching if plus else measured.other
+    sign = 1 if plus else -1
+    return Record(
+        condition=state.condition,
+        persona=persona,
+        pair=f"{pair.plus}/{pair.minus}",
+        criterion=criterion if "mask" in state.condition else "",
+        removed=state.removed,
+        form=measured.form,
+        n=count,
+        score_sum=measured.accuracy(plus, normalised=False),
+        score_normalised=measured.accuracy(plus, normalised=True),
+        auc=measured.auc(plus) if measured.form == STATEMENT else None,
+        margin=sign * sum(measured.summed) / count,
+        margin_shift=sum(shift) / count,
+        ci_low=interval[0],
+        ci_high=interval[1],
+        own_answer=sum(own) / count,
+        perplexity=state.perplexity,
+        seed=seed,
+    )
+
+
+__all__ = ["CONDITIONS", "POLE_OF_LETTER", "Record", "State", "held_out", "measure_state", "persona_prompt", "records_of"]

@@ -1,0 +1,176 @@
+"""Personas on a live Hugging Face model: attach masks, switch, generate with one persona per sequence."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels.layers import MaskedLinear, PersonaSelector
+from pipeline.errors import UserError
+from pipeline.fingerprint import layer_fingerprint
+from pipeline.masks import PersonaMasks
+from pipeline.sites import is_transposed, matrix
+from pipeline.store import load_masks
+
+
+class PersonaModel:
+    """A causal LM whose linear layers hold one shared weight and the packed masks of many personas.
+
+    ``model`` stays an ordinary Hugging Face model: everything that transformers offers works on it, and
+    attributes that are not found here are looked up there. ``switch`` chooses a persona, ``switch(None)``
+    gives back the base model bit for bit, ``detach`` removes every trace.
+
+    Args:
+        model: a Hugging Face causal LM.
+        masks: which personas it can take.
+        tokenizer: kept for convenience.
+        materialize: hold ``W * M`` of the chosen persona as a dense copy (memory of the linears once more;
+            switching then takes the time of one elementwise product). Off, every product unpacks its mask.
+        verify: compare the weights with the fingerprints in the masks' manifest.
+    """
+
+    def __init__(
+        self, model: Any, masks: PersonaMasks, tokenizer: Any = None, *, materialize: bool = True, verify: bool = True
+    ) -> None:
+        self.model, self.masks, self.tokenizer, self.materialize = model, masks, tokenizer, materialize
+        self.selector = PersonaSelector()
+        self._choice: str | None | list[str | None] = None
+        modules = dict(model.named_modules())
+        _check_layers(modules, masks, verify)
+        self._originals: dict[str, nn.Module] = {name: modules[name] for name in masks.shapes}
+        self._layers: list[MaskedLinear] = []
+        for name, original in self._originals.items():
+            device = original.weight.device  # type: ignore[union-attr]
+            bits = torch.stack([masks.bits[p][name] for p in masks.personas]).to(device)
+            layer = MaskedLinear(
+                original.weight,  # type: ignore[arg-type]
+                original.bias,  # type: ignore[arg-type]
+                bits,
+                transposed=is_transposed(original),
+                selector=self.selector,
+            )
+            layer.train(original.training)
+            _replace(model, name, layer)
+            self._layers.append(layer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        run: str | Path,
+        model: str = "",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> "PersonaModel":
+        """Load the masks in ``run`` and the model they were made for (or ``model``, with the same weights)."""
+        from pipeline.loading import load_model, load_tokenizer
+
+        masks = load_masks(Path(run))
+        name = model or masks.manifest["model"]["id"]
+        return cls(load_model(name, dtype, device), masks, load_tokenizer(name), **options)
+
+    @property
+    def personas(self) -> tuple[str, ...]:
+        return self.masks.personas
+
+    @property
+    def active(self) -> str | None | list[str | None]:
+        """The chosen persona, None, or one choice per sequence."""
+        return self._choice
+
+    def switch(self, persona: str | None | Sequence[str | None], gamma: float = 0.0) -> "PersonaModel":
+        """Choose a persona for everything that follows, None for the base model, or a list: one per sequence.
+
+        ``gamma`` in [0, 1) keeps that share of the removed weights (eq. 7). A KV cache filled under another
+        persona is not recomputed. Raises UserError for an unknown persona, ValueError for a bad gamma.
+        """
+        if persona is None or isinstance(persona, str):
+            self.selector.select(self._index(persona), gamma)
+            self._choice = persona
+        else:
+            self.selector.select([self._index(p) for p in persona], gamma)
+            self._choice = list(persona)
+        for layer in self._layers:
+            layer.materialize(self.materialize)
+        return self
+
+    @contextmanager
+    def using(self, persona: str | None | Sequence[str | None], gamma: float = 0.0) -> Iterator["PersonaModel"]:
+        """``switch`` for the time of a block."""
+        before, before_gamma = self._choice, self.selector.gamma
+        try:
+            yield self.switch(persona, gamma)
+        finally:
+            self.switch(before, before_gamma)
+
+    def generate(self, *arguments: Any, personas: Sequence[str | None] | None = None, **options: Any) -> Any:
+        """``transformers``' generate; ``personas`` gives every sequence of the batch its own persona (or None)."""
+        if personas is None:
+            return self.model.generate(*arguments, **options)
+        inputs = arguments[0] if arguments else options.get("input_ids", options.get("inputs"))
+        if inputs is not None and len(personas) != len(inputs):
+            raise UserError(f"{len(personas)} personas for a batch of {len(inputs)} sequences")
+        with self.using(personas, self.selector.gamma):
+            return self.model.generate(*arguments, **options)
+
+    def add(self, masks: PersonaMasks) -> None:
+        """Add further personas over the same layers (random controls, mixtures)."""
+        self.masks = self.masks | masks
+        for name, layer in zip(self._originals, self._layers, strict=True):
+            new = [masks.bits[p][name].to(layer.bits.device) for p in masks.personas]
+            layer.bits = torch.cat([layer.bits, torch.stack(new)])
+
+    def detach(self) -> Any:
+        """Put the original layers back and return the plain model."""
+        for name, original in self._originals.items():
+            _replace(self.model, name, original)
+        return self.model
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.model(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def _index(self, persona: str | None) -> int:
+        if persona is None:
+            return -1
+        if persona not in self.personas:
+            raise UserError(f"unknown persona {persona!r}; known are {', '.join(self.personas)}")
+        return self.personas.index(persona)
+
+
+def _check_layers(modules: dict[str, nn.Module], masks: PersonaMasks, verify: bool) -> None:
+    """Raise UserError naming the layers that are missing, of another shape, or hold other weights."""
+    expected = masks.manifest.get("model", {}).get("fingerprint", {}) if verify else {}
+    differing = []
+    for name, shape in masks.shapes.items():
+        module = modules.get(name)
+        if module is None:
+            differing.append(f"{name}: not in this model")
+        elif isinstance(module, MaskedLinear):
+            raise UserError(f"layer {name} is masked already; detach the earlier PersonaModel first")
+        elif not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.dim() != 2:  # type: ignore[union-attr]
+            differing.append(f"{name}: not a linear layer in this model")
+        elif tuple(matrix(module).shape) != shape:
+            differing.append(f"{name}: masks are for {list(shape)}, the model has {list(matrix(module).shape)}")
+        elif name in expected and layer_fingerprint(matrix(module)) != expected[name]:
+            differing.append(f"{name}: other weights")
+    if differing:
+        made_for = masks.manifest.get("model", {}).get("id", "another model")
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"these masks were made for {made_for!r}; {len(differing)} of {len(masks.shapes)} layers differ: "
+            f"{'; '.join(differing[:3])}{more}"
+        )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
