@@ -31,7 +31,7 @@ def main() -> int:
         return 0
     print(
         f"\nWARNING: the Hugging Face package 'kernels' {version} is installed in this environment. It has the same"
-        "\nimport name as this one, and which of the two is imported depends on sys.path. Use an environment without it."
+        "\nimport name as this one, and which of the two is imported depends on sys.path. Remove it."
     )
     return 1
 

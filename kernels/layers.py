@@ -30,7 +30,7 @@ class PersonaSelector:
         if not 0.0 <= gamma < 1.0:
             raise ValueError(f"gamma must satisfy 0 <= gamma < 1, got {gamma}")
         single = choice is None or isinstance(choice, int)
-        values = (choice if choice is not None else -1,) if single else tuple(choice)  # type: ignore[arg-type]
+        values = _choices(choice)
         if not values:
             raise ValueError("personas per sequence: the list is empty")
         self.mode = "rows" if not single else "off" if values == (-1,) else "uniform"
@@ -75,6 +75,7 @@ class MaskedLinear(nn.Module):
     """
 
     bits: Tensor
+    bias: nn.Parameter | None
     _effective: Tensor | None
 
     def __init__(
@@ -101,7 +102,7 @@ class MaskedLinear(nn.Module):
         self.selector = selector or PersonaSelector()
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, masks: Tensor | None = None, **options: Any) -> "MaskedLinear":
+    def from_linear(cls, linear: Any, masks: Tensor | None = None, **options: Any) -> "MaskedLinear":
         """Wrap an ``nn.Linear`` (or Conv1D): the parameters are shared, not copied.
 
         ``masks`` is bool ``[P, N, K]`` (True = kept); None for no masks.
@@ -152,7 +153,8 @@ class MaskedLinear(nn.Module):
             return self._dense(x)
         if self._effective is not None:
             return F.linear(x, self._effective, self.bias)
-        weight, bias, rows = self.matrix, self.bias, x.reshape(-1, self.in_features)
+        weight, rows = self.matrix, x.reshape(-1, self.in_features)
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
             rows, weight, bias = rows.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
@@ -175,7 +177,12 @@ class MaskedLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _check(self, choice: int | Sequence[int] | None) -> None:
-        values = [] if choice is None else [choice] if isinstance(choice, int) else list(choice)
-        for value in values:
+        for value in _choices(choice):
             if not -1 <= value < self.bits.shape[0]:
                 raise IndexError(f"persona {value} is not among the {self.bits.shape[0]} masks of this layer")
+
+
+def _choices(choice: int | Sequence[int] | None) -> tuple[int, ...]:
+    if choice is None:
+        return (-1,)
+    return (choice,) if isinstance(choice, int) else tuple(choice)

@@ -26,7 +26,9 @@ def calibrate(config: CalibrateConfig) -> Path:
     for problem in catalogue.problems:
         note(f"left out: {problem}")
     if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
-        raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda or sparse)")
+        raise UserError(
+            f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda or sparse)"
+        )
     if config.criterion == "neutral":
         catalogue.sets.append(neutral_set())
     started = time.monotonic()
@@ -65,9 +67,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, target: Path) -> None:
         if config.strict:
             raise UserError(problem)
         note(f"left out: {problem}")
-    data = CalibrationData(
-        samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=tokenizer.pad_token_id
-    )
+    data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=tokenizer.pad_token_id)
     note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
     measure(config, data, tuple(catalogue.measured), target)
 

@@ -98,12 +98,9 @@ def measure(config: CalibrateConfig, data: CalibrationData, personas: tuple[str,
     several = config.num_nodes > 1 or (isinstance(devices, int) and devices > 1) or isinstance(devices, list)
     strategy = config.strategy
     if strategy == "auto" and on_cpu and several:
-        if config.num_nodes > 1:
-            strategy = "ddp"
-        else:
-            # Forking starts in a fraction of the time, but a forked child inherits no OpenMP threads:
-            # the parent must not have started any before.
-            strategy = "ddp_fork"
+        # Forking starts in a fraction of the time, but a forked child inherits no OpenMP threads: the
+        # parent must not have started any before.
+        strategy = "ddp" if config.num_nodes > 1 else "ddp_fork"
     threads = torch.get_num_threads()
     if strategy == "ddp_fork":
         torch.set_num_threads(1)
@@ -137,6 +134,6 @@ def _report_coverage(model: Any, sites: list[Any], unused: list[str]) -> None:
         note(f"{len(unused)} linear layers are never called and stay whole: {', '.join(unused[:5])}")
     if experts := expert_parameters(model):
         note(
-            f"mixture-of-experts: {len(experts)} expert weights are 3-d parameters and not covered yet, they stay whole "
+            f"mixture-of-experts: {len(experts)} expert weights are 3-d parameters, not covered yet, and stay whole "
             f"({experts[0]}, ...); attention and other linear layers are masked"
         )

@@ -116,7 +116,9 @@ class Chat:
 
         device = self.model.get_input_embeddings().weight.device
         if not self.prompter.chat:
-            return torch.tensor([self.prompter.ids(self.prompter.prompt(text, self.config.system or None))], device=device)
+            return torch.tensor(
+                [self.prompter.ids(self.prompter.prompt(text, self.config.system or None))], device=device
+            )
         messages = [{"role": role, "content": content} for role, content in (*self.messages, ("user", text))]
         if self.config.system:
             messages = [{"role": "system", "content": self.config.system}, *messages]

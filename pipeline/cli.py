@@ -23,8 +23,8 @@ def parse(config: type[C], description: str, argv: list[str] | None) -> C:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     class Parser(ArgumentParser):
-        def format_help(self) -> str:
-            return re.sub(r"--[a-z_]+", lambda m: m.group().replace("_", "-"), super().format_help())
+        def format_help(self, formatter: Any = None) -> str:
+            return re.sub(r"--[a-z_]+", lambda m: m.group().replace("_", "-"), super().format_help(formatter))
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(description=description)
@@ -40,7 +40,7 @@ def parse(config: type[C], description: str, argv: list[str] | None) -> C:
 
 
 def _normalised(argv: list[str], switches: set[str]) -> list[str]:
-    """``--max-length 5`` as ``--max_length 5``, ``--strict`` as ``--strict true``, ``--no-strict`` as ``--strict false``."""
+    """Make ``--max-length`` ``--max_length``, ``--strict`` ``--strict=true``, ``--no-strict`` false."""
     result = []
     for position, word in enumerate(argv):
         if not word.startswith("--"):
@@ -59,7 +59,7 @@ def _normalised(argv: list[str], switches: set[str]) -> list[str]:
 
 
 def run(main: Callable[[], Any]) -> int:
-    """Run a command: 0 on success, 2 on a UserError, 130 on Ctrl-C; anything else is our bug and shows its traceback."""
+    """The exit code: 0, 2 on a UserError, 130 on Ctrl-C; anything else is our bug and shows its traceback."""
     try:
         main()
     except UserError as error:

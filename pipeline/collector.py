@@ -48,7 +48,9 @@ class Collector:
         self._raise_on_bad_values(sources)
         missing = [s.name for s in self.stats.sites if s.name not in self._seen]
         if missing:
-            raise UserError(f"layers {', '.join(missing[:3])} ... were not called for a batch; exclude them (--exclude)")
+            raise UserError(
+                f"layers {', '.join(missing[:3])} ... were not called for a batch; exclude them (--exclude)"
+            )
         self._count(role, persona)
 
     def _hook(self, site: str):

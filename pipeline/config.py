@@ -155,6 +155,8 @@ class EvaluateConfig:
     """Longest sequence in tokens."""
     batch_tokens: int = 2048
     """Tokens of a padded batch."""
+    texts: int = 0
+    """Perplexity on the first so many of the 40 neutral texts; 0 takes all."""
     bootstrap: int = 2000
     """Resamples for the 95 % intervals."""
     options: bool = True
@@ -176,7 +178,7 @@ class EvaluateConfig:
         self.json = Path(self.json) if self.json else None
         _one_of("precision", self.precision, PRECISIONS)
         check_gamma(self.gamma)
-        for name in ("samples", "questions", "seed"):
+        for name in ("samples", "questions", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("batch_tokens", "bootstrap"):
             _at_least(name, getattr(self, name), 1)

@@ -1,6 +1,8 @@
 """``python -m pipeline.evaluate RUN``: what the masks do on held-out items, with controls and cost."""
 
+import dataclasses
 import datetime
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,17 +36,17 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=pick_device(config.device))
     prompter = Prompter(model.tokenizer)
     limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
-    records = _run_all(model, prompter, pairs, limits, config)
+    records, contrasts = _run_all(model, prompter, pairs, limits, config)
     answers = _answers(model, prompter, pairs[0], config) if config.questions else []
     criterion = manifest["criterion"]
-    print_table(records, criterion)
+    print_table(records, contrasts, criterion)
     _print_answers(answers)
     assert config.plot is not None
     try:
         plot(records, config.plot, f"{manifest['model']['id']}, {criterion}, sparsity {manifest['sparsity']['option']}")
         note(f"plot: {config.plot}")
         if config.json:
-            _write(config, manifest, records, answers)
+            _write(config, manifest, records, contrasts, answers)
             note(f"records: {config.json}")
     except OSError as error:
         raise UserError(f"could not write the results: {error}") from error
@@ -58,20 +60,24 @@ def _chosen(pairs: list[Any], config: EvaluateConfig) -> list[Any]:
     if config.pairs:
         wanted = [p.strip() for p in config.pairs.split(",")]
         if unknown := set(wanted) - {p.plus for p in pairs}:
-            raise UserError(f"--pairs: no pair begins with {', '.join(sorted(unknown))}; known {[p.plus for p in pairs]}")
+            raise UserError(
+                f"--pairs: no pair begins with {', '.join(sorted(unknown))}; known {[p.plus for p in pairs]}"
+            )
         pairs = [p for p in pairs if p.plus in wanted]
     return [PersonaSet(p.plus, p.minus, tuple(draw(p.items, config.samples, config.seed)), p.source) for p in pairs]
 
 
-def _run_all(model: Any, prompter: Any, pairs: Sequence[Any], limits: Any, config: EvaluateConfig) -> list[Any]:
+def _run_all(
+    model: Any, prompter: Any, pairs: Sequence[Any], limits: Any, config: EvaluateConfig
+) -> tuple[list[Any], list[Any]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from pipeline.data.catalogue import neutral_texts
-    from pipeline.evaluation import State, measure_state, persona_prompt, records_of
+    from pipeline.data.catalogue import neutral_texts, persona_prompt
+    from pipeline.evaluation import CONDITIONS, State, contrasts_of, measure_state, records_of
     from pipeline.likelihood import perplexity
 
-    texts = [prompter.encode("", text) for text in neutral_texts()]
+    texts = [prompter.encode("", text) for text in neutral_texts()[: config.texts or None]]
     costs: dict[str | None, float] = {}
 
     def cost(persona: str | None) -> float:
@@ -85,37 +91,35 @@ def _run_all(model: Any, prompter: Any, pairs: Sequence[Any], limits: Any, confi
             removed = 1 - model.masks.density(mask) if mask else 0.0
             return State(condition, pole, system, removed, cost(mask), measured)
 
-    records = []
+    records, contrasts = [], []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("evaluating", total=7 * len(pairs))
         for pair in pairs:
             base = state("unmasked", "", pair, None)
             progress.advance(task)
             states = []
+            controls = _add_random(model, pair, config.seed)
             for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
                 states.append(state("prompt", pole, pair, None, persona_prompt(pole)))
                 progress.advance(task)
                 own = state("own mask", pole, pair, pole)
                 states += [own, State("opponent mask", other, None, own.removed, own.perplexity, own.measured)]
                 progress.advance(task)
-                control = _add_random(model, pole, config.seed)
-                states.append(state("random mask", pole, pair, control))
+                states.append(state("random mask", pole, pair, controls[pole]))
                 progress.advance(task)
-            criterion = model.masks.manifest["criterion"]
-            records += records_of(pair, base, states, criterion=criterion, resamples=config.bootstrap, seed=config.seed)
-    return sorted(records, key=lambda r: (r.pair, r.form, _order(r.condition)))
+            options = {"resamples": config.bootstrap, "seed": config.seed}
+            records += records_of(pair, base, states, criterion=model.masks.manifest["criterion"], **options)
+            contrasts += contrasts_of(pair, base, states, **options)
+    return sorted(records, key=lambda r: (r.pair, r.form, CONDITIONS.index(r.condition))), contrasts
 
 
-def _add_random(model: Any, pole: str, seed: int) -> str:
-    name = f"random-{pole}"[:64]
-    model.add(model.masks.random_like(pole, seed, name))
-    return name
-
-
-def _order(condition: str) -> int:
-    from pipeline.evaluation import CONDITIONS
-
-    return CONDITIONS.index(condition)
+def _add_random(model: Any, pair: Any, seed: int) -> dict[str, str]:
+    """A random mask for each pole with the pole's own number of weights in every row, drawn independently."""
+    names = {}
+    for number, pole in enumerate((pair.plus, pair.minus)):
+        names[pole] = f"random-{pole}"[:64]
+        model.add(model.masks.random_like(pole, 2 * seed + number, names[pole]))
+    return names
 
 
 def _answers(model: Any, prompter: Any, pair: Any, config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -142,17 +146,17 @@ def _print_answers(answers: list[dict[str, Any]]) -> None:
     print()
 
 
-def _write(config: EvaluateConfig, manifest: dict[str, Any], records: Sequence[Any], answers: list[Any]) -> None:
+def _write(
+    config: EvaluateConfig,
+    manifest: dict[str, Any],
+    records: Sequence[Any],
+    contrasts: Sequence[Any],
+    answers: list[Any],
+) -> None:
     from pipeline.evaluation import SCHEMA, SCHEMA_VERSION
     from pipeline.fingerprint import versions
-    from pipeline.report import by_pair, separation
     from pipeline.store import write_json
 
-    separations = [
-        {"pair": pair, "form": form, "condition": condition, "points": separation(group, condition, form)}
-        for (pair, form), group in by_pair(records).items()
-        for condition in ("unmasked", "prompt", "own mask", "random mask")
-    ]
     content = {
         "schema": SCHEMA,
         "version": SCHEMA_VERSION,
@@ -161,8 +165,8 @@ def _write(config: EvaluateConfig, manifest: dict[str, Any], records: Sequence[A
         "model": manifest["model"]["id"],
         "criterion": manifest["criterion"],
         "sparsity": manifest["sparsity"]["option"],
-        "records": [_finite(r.as_dict()) for r in records],
-        "separations": separations,
+        "records": [_finite(dataclasses.asdict(r)) for r in records],
+        "contrasts": [_finite(dataclasses.asdict(c)) for c in contrasts],
         "answers": answers,
         "versions": versions(),
     }
@@ -173,8 +177,6 @@ def _write(config: EvaluateConfig, manifest: dict[str, Any], records: Sequence[A
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity: a model whose perplexity overflows reports null."""
-    import math
-
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 

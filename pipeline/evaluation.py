@@ -1,10 +1,12 @@
 """Run the protocol over pairs of personas and conditions, and turn it into records (docs/evaluation.md)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.catalogue import DICHOTOMIES, POLE_OF_LETTER, TYPES, Catalogue, PersonaSet, load_catalogue, persona_prompt, shipped_set
+import numpy as np
+
+from pipeline.data.catalogue import DICHOTOMIES, TYPES, Catalogue, PersonaSet, load_catalogue, shipped_set
 from pipeline.data.forms import Item
 from pipeline.errors import UserError
 from pipeline.fingerprint import question_hash
@@ -38,9 +40,6 @@ class Record:
     perplexity: float
     seed: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class State:
@@ -71,7 +70,7 @@ def held_out(manifest: dict[str, Any], data: str, strict: bool, say: Callable[[s
         items = pair.split("test")
         fresh = tuple(i for i in items if question_hash(i) not in used)
         if len(fresh) < len(items):
-            say(f"{pair.plus}: {len(items) - len(fresh)} of {len(items)} items left out, their questions were calibrated on")
+            say(f"{pair.plus}: {len(items) - len(fresh)} of {len(items)} items left out, they were calibrated on")
         if not fresh:
             raise UserError(f"{pair.source}: no item is left that was not calibrated on")
         clean.append(PersonaSet(pair.plus, pair.minus, fresh, pair.source))
@@ -119,7 +118,9 @@ def measure_state(
 ) -> dict[str, Margins]:
     """Margins of a pair's items in every form, under the model as it is now."""
     items: Sequence[Item] = pair.items
-    return {form: margins(model, prompter, items, form, system=system, limits=limits) for form in forms_of(items, options)}
+    return {
+        form: margins(model, prompter, items, form, system=system, limits=limits) for form in forms_of(items, options)
+    }
 
 
 def records_of(
@@ -136,6 +137,55 @@ def records_of(
                     low, high = bootstrap_interval(shift, resamples=resamples, seed=seed)
                     records.append(_record(state, pair, persona, measured, plus, shift, (low, high), criterion, seed))
     return records
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What a condition does to a pair of personas as a whole, each bound with its 95 % bootstrap interval.
+
+    ``separation`` in points: score of + under its state plus score of - under its state minus 100, where
+    the score is the length-normalised accuracy, or the AUC of statements. ``shift`` in nats: mean paired
+    difference between the summed margins in the two states.
+    """
+
+    pair: str
+    condition: str
+    form: str
+    separation: float
+    separation_low: float
+    separation_high: float
+    shift: float
+    shift_low: float
+    shift_high: float
+
+
+def contrasts_of(
+    pair: PersonaSet, base: State, states: Sequence[State], *, resamples: int, seed: int
+) -> list[Contrast]:
+    """One contrast per condition and form (the opponent's mask is the own mask seen from the other side)."""
+    contrasts = []
+    for condition in dict.fromkeys(s.condition for s in states):
+        by_persona = {s.persona: s.measured for s in states if s.condition == condition}
+        plus, minus = by_persona[pair.plus], by_persona[pair.minus or ""]
+        for form in base.measured:
+            points, separations = _separation(plus[form], minus[form], resamples, seed)
+            shift = [a - b for a, b in zip(plus[form].summed, minus[form].summed, strict=True)]
+            low, high = bootstrap_interval(shift, resamples=resamples, seed=seed)
+            name = f"{pair.plus}/{pair.minus}"
+            contrasts.append(Contrast(name, condition, form, points, *separations, sum(shift) / len(shift), low, high))
+    return contrasts
+
+
+def _separation(plus: Margins, minus: Margins, resamples: int, seed: int) -> tuple[float, tuple[float, float]]:
+    if plus.form != STATEMENT:
+        right = [a + b - 1 for a, b in zip(plus.correct(True), minus.correct(False), strict=True)]
+        low, high = bootstrap_interval(right, resamples=resamples, seed=seed)
+        return 100 * sum(right) / len(right), (100 * low, 100 * high)
+    point = plus.auc(True) + minus.auc(False) - 1
+    draws = np.random.default_rng(seed).integers(0, len(plus.summed), (resamples, len(plus.summed)))
+    values = [plus.take(d).auc(True) + minus.take(d).auc(False) - 1 for d in draws]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return 100 * point, (100 * float(low), 100 * float(high))
 
 
 def _shift(measured: Margins, base: Margins, plus: bool) -> list[float]:
@@ -177,6 +227,3 @@ def _record(
         perplexity=state.perplexity,
         seed=seed,
     )
-
-
-__all__ = ["CONDITIONS", "POLE_OF_LETTER", "Record", "State", "held_out", "measure_state", "persona_prompt", "records_of"]

@@ -3,7 +3,6 @@
 import hashlib
 import platform
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def bootstrap_interval(values: Sequence[float], *, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[float], *, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean; items are resampled, so paired differences stay paired."""
     data = np.asarray(values, dtype=np.float64)
     if len(data) == 0:

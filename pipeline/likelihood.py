@@ -26,27 +26,41 @@ class AnswerScore:
 
 @torch.inference_mode()
 def answer_scores(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int, pad: int) -> list[AnswerScore]:
-    """The score of every sequence's answer given what stands before it, in the order given."""
+    """The score of every sequence's answer given what stands before it, in the order given.
+
+    Sequences that differ in their last token only (Yes/No, the letters of options) share one forward pass.
+    """
+    # A position's logits depend on the tokens before the last one only, so the last token is not fed.
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(sequence.ids[:-1], []).append(index)
+    prefixes = list(groups)
     scores: list[AnswerScore] = [AnswerScore(0.0, 0)] * len(sequences)
-    for indices in batches_by_tokens([len(s) for s in sequences], batch_tokens):
-        batch = [sequences[i] for i in indices]
-        width = len(batch[0])
+    device = model.get_input_embeddings().weight.device
+    for chosen in batches_by_tokens([len(p) for p in prefixes], batch_tokens):
+        batch = [prefixes[i] for i in chosen]
+        width = max(len(batch[0]), 1)
         ids = torch.full((len(batch), width), pad, dtype=torch.int64)
         attention = torch.zeros_like(ids)
-        for row, sequence in enumerate(batch):
-            ids[row, : len(sequence)] = torch.tensor(sequence.ids)
-            attention[row, : len(sequence)] = 1
-        device = model.get_input_embeddings().weight.device
-        starts = [max(s.answer, 1) for s in batch]
-        first = min(starts) - 1
-        logits = _logits_from(model, ids.to(device), attention.to(device), first)
-        for row, (index, sequence) in enumerate(zip(indices, batch, strict=True)):
-            # Position t predicts token t + 1; the first token of a text without a prompt is predicted by nothing.
-            targets = torch.tensor(sequence.ids[starts[row] :], device=device)
-            own = logits[row, starts[row] - 1 - first : len(sequence) - 1 - first].float()
-            chosen = torch.log_softmax(own, dim=-1).gather(1, targets.unsqueeze(1))
-            scores[index] = AnswerScore(float(chosen.double().sum()), len(targets))
+        for row, prefix in enumerate(batch):
+            ids[row, : len(prefix)] = torch.tensor(prefix)
+            attention[row, : len(prefix)] = 1
+        # Position t predicts token t + 1; the first token of a text without a prompt is predicted by nothing.
+        first = min(max(sequences[i].answer, 1) for prefix in batch for i in groups[prefix]) - 1
+        logits = _logits_from(model, ids.to(device), attention.to(device), min(first, width - 1))
+        for row, prefix in enumerate(batch):
+            for index in groups[prefix]:
+                scores[index] = _score(logits[row], sequences[index], first)
     return scores
+
+
+def _score(logits: Tensor, sequence: Encoded, first: int) -> AnswerScore:
+    """``logits`` ``[T', V]`` begin at position ``first``."""
+    start = max(sequence.answer, 1)
+    targets = torch.tensor(sequence.ids[start:], dtype=torch.int64, device=logits.device)
+    own = logits[start - 1 - first : len(sequence) - 1 - first].float()
+    chosen = torch.log_softmax(own, dim=-1).gather(1, targets.unsqueeze(1))
+    return AnswerScore(float(chosen.double().sum()), len(targets))
 
 
 def perplexity(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int, pad: int) -> float:

@@ -60,7 +60,9 @@ def _load(kind: Any, model: str, **options: Any) -> Any:
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists():
         raise UserError(f"--model {model}: no such folder")
     try:
-        return kind.from_pretrained(str(Path(source).expanduser()) if Path(source).expanduser().exists() else source, **options)
+        return kind.from_pretrained(
+            str(Path(source).expanduser()) if Path(source).expanduser().exists() else source, **options
+        )
     except (OSError, ValueError, KeyError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         hint = (

@@ -114,7 +114,9 @@ class PersonaMasks:
             raise ValueError(f"personas in both: {', '.join(sorted(twice))}")
         return PersonaMasks(self.shapes, {**self.bits, **other.bits}, self.manifest)
 
-    def _combine(self, name: str, personas: Iterable[str], operation: Callable[[Tensor, Tensor], Tensor]) -> "PersonaMasks":
+    def _combine(
+        self, name: str, personas: Iterable[str], operation: Callable[[Tensor, Tensor], Tensor]
+    ) -> "PersonaMasks":
         parts = [self._of(p) for p in personas]
         if not parts:
             raise ValueError("no personas given")
@@ -145,5 +147,5 @@ def _random_subset(candidates: Tensor, counts: Tensor, generator: torch.Generato
         # The usual case, one count for all rows, is a plain selection.
         columns = candidates.shape[1]
         return unpack_bits(mask_select_scores(keys, int(counts[0]), None), columns) & candidates
-    place = keys.argsort(1, descending=True, stable=True).argsort(1, stable=True)
+    place = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
     return (place < counts.unsqueeze(1)) & candidates

@@ -37,17 +37,17 @@ class PersonaModel:
     ) -> None:
         self.model, self.masks, self.tokenizer, self.materialize = model, masks, tokenizer, materialize
         self.selector = PersonaSelector()
-        self._choice: str | None | list[str | None] = None
-        modules = dict(model.named_modules())
+        self._choice: str | list[str | None] | None = None
+        modules: dict[str, Any] = dict(model.named_modules())
         _check_layers(modules, masks, verify)
-        self._originals: dict[str, nn.Module] = {name: modules[name] for name in masks.shapes}
+        self._originals: dict[str, Any] = {name: modules[name] for name in masks.shapes}
         self._layers: list[MaskedLinear] = []
         for name, original in self._originals.items():
-            device = original.weight.device  # type: ignore[union-attr]
+            device = original.weight.device
             bits = torch.stack([masks.bits[p][name] for p in masks.personas]).to(device)
             layer = MaskedLinear(
-                original.weight,  # type: ignore[arg-type]
-                original.bias,  # type: ignore[arg-type]
+                original.weight,
+                original.bias,
                 bits,
                 transposed=is_transposed(original),
                 selector=self.selector,
@@ -78,11 +78,11 @@ class PersonaModel:
         return self.masks.personas
 
     @property
-    def active(self) -> str | None | list[str | None]:
+    def active(self) -> str | list[str | None] | None:
         """The chosen persona, None, or one choice per sequence."""
         return self._choice
 
-    def switch(self, persona: str | None | Sequence[str | None], gamma: float = 0.0) -> "PersonaModel":
+    def switch(self, persona: str | Sequence[str | None] | None, gamma: float = 0.0) -> "PersonaModel":
         """Choose a persona for everything that follows, None for the base model, or a list: one per sequence.
 
         ``gamma`` in [0, 1) keeps that share of the removed weights (eq. 7). A KV cache filled under another
@@ -99,7 +99,7 @@ class PersonaModel:
         return self
 
     @contextmanager
-    def using(self, persona: str | None | Sequence[str | None], gamma: float = 0.0) -> Iterator["PersonaModel"]:
+    def using(self, persona: str | Sequence[str | None] | None, gamma: float = 0.0) -> Iterator["PersonaModel"]:
         """``switch`` for the time of a block."""
         before, before_gamma = self._choice, self.selector.gamma
         try:
@@ -146,7 +146,7 @@ class PersonaModel:
         return self.personas.index(persona)
 
 
-def _check_layers(modules: dict[str, nn.Module], masks: PersonaMasks, verify: bool) -> None:
+def _check_layers(modules: dict[str, Any], masks: PersonaMasks, verify: bool) -> None:
     """Raise UserError naming the layers that are missing, of another shape, or hold other weights."""
     expected = masks.manifest.get("model", {}).get("fingerprint", {}) if verify else {}
     differing = []
@@ -156,7 +156,7 @@ def _check_layers(modules: dict[str, nn.Module], masks: PersonaMasks, verify: bo
             differing.append(f"{name}: not in this model")
         elif isinstance(module, MaskedLinear):
             raise UserError(f"layer {name} is masked already; detach the earlier PersonaModel first")
-        elif not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.dim() != 2:  # type: ignore[union-attr]
+        elif not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.dim() != 2:
             differing.append(f"{name}: not a linear layer in this model")
         elif tuple(matrix(module).shape) != shape:
             differing.append(f"{name}: masks are for {list(shape)}, the model has {list(matrix(module).shape)}")

@@ -35,9 +35,19 @@ class Margins:
 
     def accuracy(self, plus: bool, normalised: bool) -> float:
         """Share of items where the pole's answer is the likelier one; ties count half."""
-        values = self.normalised if normalised else self.summed
+        right = self.correct(plus, normalised)
+        return sum(right) / max(len(right), 1)
+
+    def correct(self, plus: bool, normalised: bool = True) -> list[float]:
+        """Per item 1 if the pole's answer is the likelier one, 0.5 for a tie, else 0."""
         sign = 1 if plus else -1
-        return sum(1.0 if sign * v > 0 else 0.5 if v == 0 else 0.0 for v in values) / max(len(values), 1)
+        values = self.normalised if normalised else self.summed
+        return [1.0 if sign * v > 0 else 0.5 if v == 0 else 0.0 for v in values]
+
+    def take(self, indices: Sequence[int]) -> "Margins":
+        """The margins of some items, with repetition."""
+        lists = (self.summed, self.normalised, self.matching, self.other, self.positive)
+        return Margins(self.form, *([values[i] for i in indices] for values in lists))  # type: ignore[arg-type]
 
     def auc(self, plus: bool) -> float:
         """Statements: how well logit(Yes) - logit(No) tells the pole's statements from the opponent's.

@@ -1,22 +1,13 @@
 """Tables for the terminal and a plot of evaluation records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation import CONDITIONS, Record
+from pipeline.evaluation import CONDITIONS, Contrast, Record
 
 COLOURS = ("#2a6f97", "#c8553d")
 """First and second pole of a pair; readable without telling red from green."""
-
-
-def separation(records: Sequence[Record], condition: str, form: str) -> float:
-    """Points of separation of one pair: score of + under its condition plus that of - under its, minus 100.
-
-    The score is the length-normalised accuracy, or the AUC of statements.
-    """
-    chosen = [r for r in records if r.condition == condition and r.form == form]
-    return 100 * sum(score(r) for r in chosen) - 100
 
 
 def score(record: Record) -> float:
@@ -32,37 +23,52 @@ def by_pair(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
     return groups
 
 
-def print_table(records: Sequence[Record], criterion: str) -> None:
-    """One table per pair and form on stdout."""
+def print_table(records: Sequence[Record], contrasts: Sequence[Contrast], criterion: str) -> None:
+    """One table per pair and form on stdout: a line per condition, both poles as +/-."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    terminal = Console()
+    console = Console(width=max(terminal.width, 122))
     for (pair, form), group in by_pair(records).items():
-        table = Table(title=f"{pair}, {group[0].n} held-out items, form: {form}, criterion: {criterion}", title_justify="left")
-        for name in ("condition", "persona", "removed", "summed", "normalised", "AUC", "shift [95 %], nats", "perplexity"):
-            table.add_column(name, justify="left" if name in ("condition", "persona") else "right", no_wrap=True)
-        for record in group:
-            table.add_row(*_row(record))
+        statements = group[0].auc is not None
+        table = Table(title=f"{pair}, {group[0].n} held-out items, {form}, {criterion}", title_justify="left")
+        for name in ("condition", "removed", "summed", "AUC" if statements else "normalised"):
+            table.add_column(name, justify="left" if name == "condition" else "right", no_wrap=True)
+        for name in ("separation [95 %]", "shift between poles [95 %]", "perplexity"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for condition in (c for c in CONDITIONS if any(r.condition == c for r in group)):
+            plus, minus = (
+                next(r for r in group if (r.condition, r.persona) == (condition, p)) for p in pair.split("/")
+            )
+            contrast = next((c for c in contrasts if (c.pair, c.form, c.condition) == (pair, form, condition)), None)
+            table.add_row(*_row(plus, minus, contrast))
         console.print(table)
-        for condition in CONDITIONS:
-            points = separation(group, condition, form)
-            if condition in {r.condition for r in group} and condition != "opponent mask":
-                console.print(f"  separation, {condition}: {points:+.1f} points")
 
 
-def _row(record: Record) -> tuple[str, ...]:
-    shift = f"{record.margin_shift:+.2f} [{record.ci_low:+.2f}, {record.ci_high:+.2f}]"
+def _row(plus: Record, minus: Record, contrast: Contrast | None) -> tuple[str, ...]:
+    def both(name: Callable[[Record], float]) -> str:
+        return f"{100 * name(plus):.0f}/{100 * name(minus):.0f}"
+
     return (
-        record.condition,
-        record.persona,
-        f"{100 * record.removed:.1f} %" if record.removed else "",
-        f"{100 * record.score_sum:.1f}",
-        f"{100 * record.score_normalised:.1f}",
-        "" if record.auc is None else f"{100 * record.auc:.1f}",
-        "" if record.condition == "unmasked" else shift,
-        f"{record.perplexity:.1f}" if record.perplexity < 1e5 else f"{record.perplexity:.1e}",
+        plus.condition,
+        f"{100 * plus.removed:.1f} %" if plus.removed else "",
+        both(lambda r: r.score_sum),
+        both(score),
+        _interval(contrast.separation, contrast.separation_low, contrast.separation_high, 0) if contrast else "",
+        _interval(contrast.shift, contrast.shift_low, contrast.shift_high, 1) if contrast else "",
+        _cost(plus.perplexity)
+        if plus.perplexity == minus.perplexity
+        else f"{_cost(plus.perplexity)}/{_cost(minus.perplexity)}",
     )
+
+
+def _interval(value: float, low: float, high: float, digits: int) -> str:
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _cost(perplexity: float) -> str:
+    return f"{perplexity:.1f}" if perplexity < 1e4 else f"{perplexity:.0e}"
 
 
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
@@ -112,5 +118,5 @@ def _label(left: Any, right: Any, present: Sequence[str], group: Sequence[Record
 
 def _with_cost(condition: str, group: Sequence[Record]) -> str:
     costs = sorted({round(r.perplexity, 1) for r in group if r.condition == condition})
-    text = "/".join(f"{c:.1f}" if c < 1e5 else f"{c:.0e}" for c in costs)
+    text = "/".join(map(_cost, costs))
     return f"{condition}\nppl {text}"

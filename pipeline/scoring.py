@@ -32,7 +32,9 @@ def contrast(mu_own: Tensor, mu_other: Tensor, variance_own: Tensor, variance_ot
     but finite value; a channel that is always 0 gives 0.
     """
     scale = mu_own.abs() + mu_other.abs()
-    return (mu_own - mu_other) / ((variance_own + variance_other).sqrt() + EPSILON * scale + torch.finfo(torch.float64).tiny)
+    return (mu_own - mu_other) / (
+        (variance_own + variance_other).sqrt() + EPSILON * scale + torch.finfo(torch.float64).tiny
+    )
 
 
 def contrastive_wanda(z: Tensor, activation: str, temperature: float) -> Tensor:

@@ -30,7 +30,7 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def matrix(module: nn.Module) -> Tensor:
+def matrix(module: Any) -> Tensor:
     """The weight as ``[N, K]`` (a view)."""
     return module.weight.T if is_transposed(module) else module.weight
 
@@ -112,7 +112,9 @@ def _embeddings(model: Any) -> list[nn.Module]:
 
 
 def _is_quantised(module: nn.Linear) -> bool:
-    return not module.weight.dtype.is_floating_point or module.weight.numel() != module.in_features * module.out_features
+    return (
+        not module.weight.dtype.is_floating_point or module.weight.numel() != module.in_features * module.out_features
+    )
 
 
 def _compile(option: str, pattern: str) -> re.Pattern[str]:

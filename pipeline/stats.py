@@ -48,11 +48,16 @@ class ActivationStats:
     counts: Tensor
 
     @classmethod
-    def zeros(cls, personas: Iterable[str], sites: Iterable[Site], device: torch.device | str = "cpu") -> "ActivationStats":
+    def zeros(
+        cls, personas: Iterable[str], sites: Iterable[Site], device: torch.device | str = "cpu"
+    ) -> "ActivationStats":
         names, places = tuple(personas), tuple(sites)
-        options = {"dtype": torch.float64, "device": device}
-        sums = {s.name: torch.zeros(len(names), len(FIELDS), s.width, **options) for s in places}  # type: ignore[arg-type]
-        return cls(names, places, sums, torch.zeros(len(names), 3, **options))  # type: ignore[arg-type]
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        sums = {site.name: empty(len(names), len(FIELDS), site.width) for site in places}
+        return cls(names, places, sums, empty(len(names), 3))
 
     def merge(self, other: "ActivationStats") -> "ActivationStats":
         """Add the sums of disjoint samples in place. Raises ValueError if personas or sites differ."""

@@ -170,7 +170,9 @@ def load_masks(folder: Path) -> PersonaMasks:
     """Read and verify all masks of a run. Raises UserError for truncated, altered or foreign files."""
     manifest = load_manifest(folder)
     shapes = {name: (shape[0], shape[1]) for name, shape in manifest["layers"].items()}
-    bits = {persona: _load_persona(folder / entry["file"], entry, shapes) for persona, entry in manifest["masks"].items()}
+    bits = {
+        persona: _load_persona(folder / entry["file"], entry, shapes) for persona, entry in manifest["masks"].items()
+    }
     return PersonaMasks(shapes, bits, manifest)
 
 
@@ -195,7 +197,9 @@ def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int
         raise UserError(f"{path}: {error}") from error
     for name, (rows, columns) in shapes.items():
         if bits[name].dtype != torch.uint8 or tuple(bits[name].shape) != (rows, math.ceil(columns / 8)):
-            raise UserError(f"{path}: mask of {name} is {list(bits[name].shape)} {bits[name].dtype}, layer is [{rows}, {columns}]")
+            raise UserError(
+                f"{path}: mask of {name} is {list(bits[name].shape)} {bits[name].dtype}, layer is [{rows}, {columns}]"
+            )
     return bits
 
 

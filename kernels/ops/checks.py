@@ -14,7 +14,9 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int | None, ...], 
     """``expected`` holds a size or None (any) per dimension; ``dims`` names them, e.g. "[N, K]"."""
     fits = tensor.dim() == len(expected) and all(e in (None, s) for e, s in zip(expected, tensor.shape, strict=True))
     if not fits:
-        wanted = [dim if size is None else size for dim, size in zip(dims.strip("[]").split(", "), expected, strict=True)]
+        wanted = [
+            dim if size is None else size for dim, size in zip(dims.strip("[]").split(", "), expected, strict=True)
+        ]
         raise ValueError(f"{op}: {name} {dims} must be {wanted}, got {describe(tensor)}")
 
 

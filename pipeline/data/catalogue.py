@@ -20,9 +20,7 @@ DICHOTOMIES = {
 """The shipped sets by their two poles, with the letters that the types are spelled with."""
 
 POLE_OF_LETTER = {
-    letter: pole
-    for name, letters in DICHOTOMIES.items()
-    for letter, pole in zip(letters, name.split("-"), strict=True)
+    letter: pole for name, letters in DICHOTOMIES.items() for letter, pole in zip(letters, name.split("-"), strict=True)
 }
 TYPES = tuple("".join(letters) for letters in product("IE", "NS", "FT", "JP"))
 
@@ -152,7 +150,7 @@ def check_name(name: str) -> str:
     """Return ``name`` if it may name a persona; raises UserError."""
     if not NAME.fullmatch(name) or ".." in name:
         raise UserError(
-            f"persona name {name[:80]!r}: letters, digits, '_', '.', '-' only, at most 64, starting with a letter or digit"
+            f"persona name {name[:80]!r}: letters, digits, '_', '.', '-' only, at most 64, the first a letter or digit"
         )
     return name
 
@@ -223,7 +221,9 @@ def _add_mixture(catalogue: Catalogue, text: str) -> None:
         if pole not in catalogue.measured:
             raise UserError(f"--compose {text!r}: unknown persona {pole!r}; known are {', '.join(catalogue.measured)}")
         if not 0 < parts[-1][1] < float("inf"):
-            raise UserError(f"--compose {text!r}: the weight of {pole!r} must be positive and finite, got {parts[-1][1]}")
+            raise UserError(
+                f"--compose {text!r}: the weight of {pole!r} must be positive and finite, got {parts[-1][1]}"
+            )
     plus, _, minus = names.strip().partition("/")
     minus = minus or f"not-{plus}"
     mixtures = [Composition(check_name(plus), tuple(parts))]

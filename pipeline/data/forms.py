@@ -59,7 +59,9 @@ def parse_row(row: Mapping[str, Any], source: str) -> tuple[str | None, Item]:
         return _text(row, "persona"), Item("", _text(row, "text"), None, "text", source=source, split=_split(row))
     if {"question", "answer"} <= fields:
         persona = _text(row, "persona") if "persona" in fields else None
-        return persona, Item(_text(row, "question"), _text(row, "answer"), None, "text", source=source, split=_split(row))
+        return persona, Item(
+            _text(row, "question"), _text(row, "answer"), None, "text", source=source, split=_split(row)
+        )
     known = "; ".join(FORMS)
     raise RowError(f"fields {', '.join(sorted(map(str, fields))) or '(none)'} fit none of the forms: {known}")
 

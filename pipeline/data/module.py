@@ -28,7 +28,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Right-padded sequences. ``ids``, ``attention`` int64 ``[B, T]``, ``role`` uint8 ``[B, T]``, ``persona`` int64 ``[B]``."""
+    """Right-padded: ``ids``, ``attention`` int64 ``[B, T]``, ``role`` uint8 ``[B, T]``, ``persona`` int64 ``[B]``."""
 
     ids: Tensor
     attention: Tensor
@@ -37,8 +37,8 @@ class Batch:
     sources: list[str]
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (t.to(device) for t in (self.ids, self.attention, self.role, self.persona))
-        return Batch(*moved, self.sources)
+        ids, attention, role, persona = (t.to(device) for t in (self.ids, self.attention, self.role, self.persona))
+        return Batch(ids, attention, role, persona, self.sources)
 
 
 def draw(items: Sequence[Item], count: int, seed: int) -> list[Item]:
@@ -68,7 +68,9 @@ def make_samples(
                 assert answer is not None
                 encoded = prompter.encode(item.question, answer)
                 if encoded.answer >= max_length or len(encoded) < 2:
-                    problems.append(f"{item.source}: {encoded.answer} prompt tokens, --max_length is {max_length}; left out")
+                    problems.append(
+                        f"{item.source}: {encoded.answer} prompt tokens, --max_length is {max_length}; left out"
+                    )
                     continue
                 cut = Encoded(encoded.ids[:max_length], encoded.answer, encoded.question)
                 samples.append(Sample(persona, cut, f"{item.source} ({personas.poles[pole]})"))

@@ -58,7 +58,9 @@ class Prompter:
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         found = prompt.rfind(question) if question else -1
-        inside = [i for i, (a, b) in enumerate(offsets) if found >= 0 and b > found and a < found + len(question) and b > a]
+        inside = [
+            i for i, (a, b) in enumerate(offsets) if found >= 0 and b > found and a < found + len(question) and b > a
+        ]
         return Encoded(tuple(ids), start, range(inside[0], inside[-1] + 1) if inside else range(0))
 
     def ids(self, text: str) -> list[int]:
@@ -69,7 +71,7 @@ class Prompter:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:  # noqa: BLE001 - templates raise what they like for a role they do not know
+        except Exception:
             rendered = ""
         if system in rendered:
             return messages

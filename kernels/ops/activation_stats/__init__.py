@@ -43,7 +43,7 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> 
     checks.dtype(op, "sums", sums, (torch.float64,))
     checks.shape(op, "sums", sums, (None, len(FIELDS), channels), "[P, 8, K]")
     checks.same_device(op, x=x, role=role, persona=persona, sums=sums)
-    if batch and not (0 <= int(persona.min()) and int(persona.max()) < sums.shape[0]):
+    if batch and not (int(persona.min()) >= 0 and int(persona.max()) < sums.shape[0]):
         raise ValueError(f"{op}: persona must lie in 0..{sums.shape[0] - 1}, got {persona.tolist()}")
     return backends.implementation(op, x.device.type)(x, role, persona, sums)
 

