@@ -159,6 +159,8 @@ class EvaluateConfig:
     """Perplexity on the first so many of the 40 neutral texts; 0 takes all."""
     bootstrap: int = 2000
     """Resamples for the 95 % intervals."""
+    conditions: str = "prompt,mask,random"
+    """What to compare with the unmasked model: persona prompt, the masks (own and opponent's), random masks."""
     options: bool = True
     """Score two-way items also with the options shown, in both orders."""
     questions: int = 1
@@ -178,6 +180,8 @@ class EvaluateConfig:
         self.json = Path(self.json) if self.json else None
         _one_of("precision", self.precision, PRECISIONS)
         check_gamma(self.gamma)
+        for condition in self.conditions.split(","):
+            _one_of("conditions", condition.strip(), ("prompt", "mask", "random"))
         for name in ("samples", "questions", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("batch_tokens", "bootstrap"):

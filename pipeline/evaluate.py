@@ -91,22 +91,24 @@ def _run_all(
             removed = 1 - model.masks.density(mask) if mask else 0.0
             return State(condition, pole, system, removed, cost(mask), measured)
 
+    wanted = [c.strip() for c in config.conditions.split(",")]
     records, contrasts = [], []
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("evaluating", total=7 * len(pairs))
+        task = progress.add_task("evaluating", total=(1 + 2 * len(wanted)) * len(pairs))
         for pair in pairs:
             base = state("unmasked", "", pair, None)
             progress.advance(task)
+            controls = _add_random(model, pair, config.seed) if "random" in wanted else {}
             states = []
-            controls = _add_random(model, pair, config.seed)
             for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
-                states.append(state("prompt", pole, pair, None, persona_prompt(pole)))
-                progress.advance(task)
-                own = state("own mask", pole, pair, pole)
-                states += [own, State("opponent mask", other, None, own.removed, own.perplexity, own.measured)]
-                progress.advance(task)
-                states.append(state("random mask", pole, pair, controls[pole]))
-                progress.advance(task)
+                if "prompt" in wanted:
+                    states.append(state("prompt", pole, pair, None, persona_prompt(pole)))
+                if "mask" in wanted:
+                    own = state("own mask", pole, pair, pole)
+                    states += [own, State("opponent mask", other, None, own.removed, own.perplexity, own.measured)]
+                if "random" in wanted:
+                    states.append(state("random mask", pole, pair, controls[pole]))
+                progress.advance(task, len(wanted))
             options = {"resamples": config.bootstrap, "seed": config.seed}
             records += records_of(pair, base, states, criterion=model.masks.manifest["criterion"], **options)
             contrasts += contrasts_of(pair, base, states, **options)
