@@ -9,15 +9,20 @@ from pipeline.config import CalibrateConfig, Sparsity
 from pipeline.criteria import CRITERIA, Layer
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.forms import NEUTRAL
+from pipeline.gradients import Gradients
 from pipeline.masks import PersonaMasks
 from pipeline.sites import find_linears, matrix
 from pipeline.stats import ActivationStats, ChannelStats
 
 
 def build_masks(
-    model: Any, stats: ActivationStats, catalogue: Catalogue, config: CalibrateConfig
+    model: Any,
+    stats: ActivationStats,
+    catalogue: Catalogue,
+    config: CalibrateConfig,
+    gradients: Gradients | None = None,
 ) -> tuple[PersonaMasks, dict[str, float]]:
-    """Masks of all personas of the catalogue.
+    """Masks of all personas of the catalogue; the first-order criteria need ``gradients``.
 
     Also returns, for ``--disjoint``, the share of a second pole's kept weights that overlap with the first's.
     """
@@ -51,6 +56,8 @@ def build_masks(
                 config.temperature,
                 config.seed,
                 None if taken is None else unpack_bits(taken, weight.shape[1]),
+                gradients.of(persona, name).to(weight.device) if gradients else None,
+                config.pool,
             )
             bits[persona][name] = criterion(layer)
     masks = PersonaMasks(shapes, bits)

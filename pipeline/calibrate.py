@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import note, parse, quiet_libraries, run
-from pipeline.config import CONTRASTIVE, CalibrateConfig
+from pipeline.config import CONTRASTIVE, FIRST_ORDER, CalibrateConfig
 from pipeline.errors import UserError
 
 DESCRIPTION = (
@@ -17,75 +17,89 @@ DESCRIPTION = (
 
 
 def calibrate(config: CalibrateConfig) -> Path:
-    """Run the whole calibration and return the output folder. Raises UserError."""
-    from pipeline.data.catalogue import load_catalogue, neutral_set
-    from pipeline.store import STATISTICS, check_output, load_statistics, staged_folder
+    """Run the whole calibration and return the output folder. Raises UserError.
 
-    check_output(config.output, config.overwrite)
+    Under a launcher that starts this program once per device, only rank 0 writes and builds masks.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from pipeline.data.catalogue import load_catalogue, neutral_set
+    from pipeline.store import check_output, staged_folder
+
     catalogue = load_catalogue(config.personas, compose=config.compose, strict=config.strict)
-    for problem in catalogue.problems:
-        note(f"left out: {problem}")
     if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
-        raise UserError(
-            f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda or sparse)"
-        )
+        raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda, sparse)")
     if config.criterion == "neutral":
         catalogue.sets.append(neutral_set())
+    if getattr(rank_zero_only, "rank", 0):
+        _measure(config, catalogue, config.output, writes=False)
+        return config.output
+    check_output(config.output, config.overwrite)
+    for problem in catalogue.problems:
+        note(f"left out: {problem}")
     started = time.monotonic()
     with staged_folder(config.output, config.overwrite) as staging:
-        target = staging / STATISTICS
-        if config.statistics:
-            from pipeline.store import save_statistics
-
-            save_statistics(load_statistics(Path(config.statistics) / STATISTICS), target)
-        else:
-            _measure(config, catalogue, target)
-        note(f"statistics: {time.monotonic() - started:.1f} s")
-        _build(config, catalogue, load_statistics(target), staging)
+        _measure(config, catalogue, staging, writes=True)
+        note(f"measured in {time.monotonic() - started:.1f} s")
+        _build(config, catalogue, staging)
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")
     return config.output
 
 
-def _measure(config: CalibrateConfig, catalogue: Any, target: Path) -> None:
+def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: bool) -> None:
+    """The forward pass for the statistics and, where the criterion needs it, the backward pass for the gradients."""
     import lightning
 
-    from pipeline.calibration import measure
+    from pipeline.calibration import StatisticsModule, run_pass
     from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
+    from pipeline.gradients import GradientModule, MarginData, margin_terms
     from pipeline.loading import load_tokenizer
+    from pipeline.store import STATISTICS, load_statistics, save_statistics
 
     lightning.seed_everything(config.seed, verbose=False)
     tokenizer = load_tokenizer(config.model)
-    samples, problems = make_samples(
-        catalogue.sets,
-        Prompter(tokenizer),
-        count=config.samples,
-        max_length=config.max_length,
-        seed=config.seed,
-    )
-    for problem in problems:
-        if config.strict:
-            raise UserError(problem)
-        note(f"left out: {problem}")
-    data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=tokenizer.pad_token_id)
-    note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
-    measure(config, data, tuple(catalogue.measured), target)
+    prompter = Prompter(tokenizer)
+    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
+    if config.statistics and writes:
+        save_statistics(load_statistics(Path(config.statistics) / STATISTICS), folder / STATISTICS)
+    elif not config.statistics:
+        samples, problems = make_samples(catalogue.sets, prompter, **limits)
+        for problem in problems:
+            if config.strict:
+                raise UserError(problem)
+            note(f"left out: {problem}")
+        pad = tokenizer.pad_token_id
+        data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
+        note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
+        run_pass(config, StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS), data)
+    if config.criterion in FIRST_ORDER:
+        terms = [margin_terms(personas, prompter, **limits) for personas in catalogue.sets]
+        note(f"gradients of {len(terms)} margins")
+        module = GradientModule(config, folder, tokenizer.pad_token_id)
+        run_pass(config, module, MarginData(terms, config.batch_tokens), gradients=True)
 
 
-def _build(config: CalibrateConfig, catalogue: Any, stats: Any, staging: Path) -> None:
+def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     from pipeline.building import build_masks
+    from pipeline.gradients import Gradients
     from pipeline.loading import load_model
-    from pipeline.store import save_masks
+    from pipeline.store import STATISTICS, load_statistics, save_masks
 
+    stats = load_statistics(staging / STATISTICS)
     missing = [pole for pole in catalogue.measured if pole not in stats.personas]
     if missing:
         raise UserError(f"--statistics {config.statistics}: no statistics of {', '.join(missing)}")
     model = load_model(config.model)
-    masks, overlaps = build_masks(model, stats, catalogue, config)
+    gradients = Gradients(staging, catalogue) if config.criterion in FIRST_ORDER else None
+    masks, overlaps = build_masks(model, stats, catalogue, config, gradients)
     manifest = _manifest(config, catalogue, stats, masks, model)
     if overlaps:
         manifest["disjoint_overlap"] = overlaps
     save_masks(masks, staging, manifest)
+    for file in staging.glob("gradient-*.safetensors"):
+        # As large as the weights, and of no use once the masks exist.
+        file.unlink()
 
 
 def _manifest(config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, model: Any) -> dict[str, Any]:

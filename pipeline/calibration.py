@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from pipeline.cli import note
 from pipeline.collector import Collector
 from pipeline.config import CalibrateConfig, parse_devices
-from pipeline.data.module import Batch, CalibrationData
+from pipeline.data.module import Batch
 from pipeline.errors import UserError
 from pipeline.loading import load_model
 from pipeline.sites import expert_parameters, find_linears, find_sites
@@ -44,9 +44,7 @@ class StatisticsModule(lightning.LightningModule):
             self.model = load_model(self.config.model, dtype)
 
     def on_predict_start(self) -> None:
-        if self.trainer.world_size > 1 and self.device.type == "cpu":
-            local = max(1, self.trainer.world_size // self.trainer.num_nodes)
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        spread_threads(self.trainer, self.device)
         linears = find_linears(self.model, self.config.include, self.config.exclude)
         sites, unused = find_sites(self.model, linears, self.device)
         if self.trainer.is_global_zero:
@@ -91,8 +89,8 @@ class Throughput(TQDMProgressBar):
         return {}
 
 
-def measure(config: CalibrateConfig, data: CalibrationData, personas: tuple[str, ...], target: Path) -> None:
-    """Run the pass and leave the statistics in ``target``. Starts processes as the options say."""
+def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool = False) -> None:
+    """Run ``module`` over ``data`` once, on the devices and with the strategy that the options name."""
     devices = parse_devices(config.devices)
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not _has_accelerator())
     several = config.num_nodes > 1 or (isinstance(devices, int) and devices > 1) or isinstance(devices, list)
@@ -116,11 +114,19 @@ def measure(config: CalibrateConfig, data: CalibrationData, personas: tuple[str,
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            inference_mode=not gradients,
         )
     except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
-    trainer.predict(StatisticsModule(config, personas, target), datamodule=data, return_predictions=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
     torch.set_num_threads(threads)
+
+
+def spread_threads(trainer: Any, device: torch.device) -> None:
+    """On a CPU, share the cores among the processes of this machine."""
+    if trainer.world_size > 1 and device.type == "cpu":
+        local = max(1, trainer.world_size // trainer.num_nodes)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
 def _has_accelerator() -> bool:

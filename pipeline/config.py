@@ -15,8 +15,12 @@ CRITERIA = (
     "magnitude",
     "random",
     "neutral",
+    "first-order",
+    "first-order-pool",
+    "first-order-gate",
 )
-CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse")
+FIRST_ORDER = ("first-order", "first-order-pool", "first-order-gate")
+CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
 
 
@@ -69,13 +73,16 @@ class CalibrateConfig:
     """Comma-separated mixtures of measured personas, NAME[/OPPOSITE]=0.7*introvert+0.3*thinking; masks are then made
     for the mixtures (and types), not for their parts."""
     criterion: str = "contrastive-wanda"
-    """wanda, sparse, contrastive-wanda, contrastive-sparse; controls: magnitude, random, neutral."""
+    """Ours: first-order (gain per damage), first-order-pool, first-order-gate, signed by one backward pass. The
+    paper's: wanda, sparse, contrastive-wanda, contrastive-sparse. Controls: magnitude, random, neutral."""
     sparsity: str = "0.2"
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2."""
     activation: str = "softplus"
     """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
     temperature: float = 2.0
     """contrastive-wanda: tau of softplus(z / tau)."""
+    pool: float = 0.3
+    """first-order, first-order-pool: share of every row, the least important weights, to choose from."""
     disjoint: bool = False
     """Exclude for the second pole what the first has kept (appendix K); above 50 % density the overlap that this
     forces is stated in the manifest."""
@@ -126,8 +133,10 @@ class CalibrateConfig:
         _at_least("num_nodes", self.num_nodes, 1)
         _at_least("seed", self.seed, 0)
         parse_devices(self.devices)
-        if self.disjoint and self.criterion in ("random", "magnitude", "neutral"):
-            raise UserError(f"--disjoint needs a criterion that uses the personas, not {self.criterion!r}")
+        if not 0 < self.pool <= 1:
+            raise UserError(f"--pool must lie in (0, 1], got {self.pool}")
+        if self.disjoint and self.criterion in ("random", "magnitude", "neutral", *FIRST_ORDER):
+            raise UserError(f"--disjoint is for the paper's criteria, not {self.criterion!r}")
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops.mask_select import mask_select, mask_select_scores
+from kernels.ops.pack_bits import pack_bits, unpack_bits
 from pipeline import scoring
 from pipeline.errors import UserError
 from pipeline.stats import ChannelStats
@@ -24,7 +25,8 @@ class Layer:
     """All that a criterion may look at: a layer's weight ``[N, K]`` and one persona's statistics at its input.
 
     ``keep`` weights stay in each row. ``taken`` (bool ``[N, K]``) are ranked last: the weights that the
-    opposite pole has kept already, under ``--disjoint``.
+    opposite pole has kept already, under ``--disjoint``. ``gradient`` ``[N, K]`` is that of the persona's
+    margin, and ``pool`` the share of each row that a first-order criterion may choose from.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Layer:
     temperature: float = 2.0
     seed: int = 0
     taken: Tensor | None = None
+    gradient: Tensor | None = None
+    pool: float = 0.3
 
 
 def wanda(layer: Layer) -> Tensor:
@@ -84,6 +88,41 @@ def random_mask(layer: Layer) -> Tensor:
     return mask_select_scores(scores, layer.keep)
 
 
+def first_order(layer: Layer) -> Tensor:
+    """Gain per damage: within a row's least important ``pool``, remove what helps the margin most for its damage."""
+    return _signed(layer, lambda w, g, rms: scoring.gain_per_damage(w, g, rms))
+
+
+def first_order_pool(layer: Layer) -> Tensor:
+    """Gain: within a row's least important ``pool``, remove what helps the margin most."""
+    return _signed(layer, lambda w, g, rms: scoring.first_order_gain(w, g))
+
+
+def first_order_gate(layer: Layer) -> Tensor:
+    """Damage: among all weights whose removal helps the margin, remove the least important."""
+    return _signed(layer, lambda w, g, rms: -(w.float().abs() * rms.float()))
+
+
+def _signed(layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Remove up to ``K - keep`` weights a row, best ``rank`` first, among those in the pool with a positive gain.
+
+    A row with fewer such weights loses fewer. The importance that the pool goes by is ``|W| rms``, over the
+    counted positions of both poles.
+    """
+    if layer.gradient is None:
+        raise UserError(f"a first-order criterion needs the gradient of a pair's margin; {layer.persona!r} has none")
+    other = _opponent(layer)
+    rms = ((layer.own.mean_square + other.mean_square) / 2).sqrt().float()
+    weight, columns = layer.weight, layer.weight.shape[1]
+    eligible = scoring.first_order_gain(weight, layer.gradient) > 0
+    if layer.pool < 1:
+        unimportant = mask_select_scores(-(weight.float().abs() * rms), int(layer.pool * columns))
+        eligible &= unpack_bits(unimportant, columns)
+    scores = rank(weight, layer.gradient, rms).masked_fill(~eligible, -torch.inf)
+    removed = unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible
+    return pack_bits(~removed)
+
+
 CRITERIA: dict[str, Callable[[Layer], Tensor]] = {
     "wanda": wanda,
     "sparse": sparse,
@@ -93,6 +132,9 @@ CRITERIA: dict[str, Callable[[Layer], Tensor]] = {
     "random": random_mask,
     # The caller hands it the neutral set's statistics as the persona's own.
     "neutral": wanda,
+    "first-order": first_order,
+    "first-order-pool": first_order_pool,
+    "first-order-gate": first_order_gate,
 }
 
 

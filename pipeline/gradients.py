@@ -8,12 +8,24 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from pipeline.data.prompts import Encoded
+from pipeline.calibration import DTYPES, spread_threads
+from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import Catalogue, PersonaSet
+from pipeline.data.module import draw
+from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
+from pipeline.loading import load_model
+from pipeline.sites import find_linears, matrix
+from pipeline.store import write_tensors
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ def margin_objective(plus: Sequence[Encoded], minus: Sequence[Encoded]) -> list[
 
 
 @contextmanager
-def accumulating(linears: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def accumulating(linears: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
     """Float32 sums of the gradients of all backward passes inside, by layer, in the weight's own layout.
 
     One sum the size of the weights is held; a layer's gradient is added and freed as soon as it is known.
@@ -88,3 +100,131 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int) -> float:
             objective = objective + term.weight * torch.log_softmax(own, -1).gather(1, targets.unsqueeze(1)).sum()
         objective.backward()
     return float(objective.detach())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch of one pair; ``last`` marks the pair's end, where the sums are complete."""
+
+    pair: int
+    batch: list[WeightedAnswer]
+    last: bool
+
+
+class MarginData(lightning.LightningDataModule):
+    """The terms of every pair's margin, pair after pair, so that one gradient at a time is held.
+
+    Each pair's batches are formed once and dealt out whole; ranks with fewer get empty steps.
+    """
+
+    def __init__(self, pairs: Sequence[Sequence[WeightedAnswer]], batch_tokens: int) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.batches = [batches_by_tokens([len(t.encoded) for t in terms], batch_tokens) for terms in pairs]
+
+    def steps(self, rank: int, world: int) -> list[Step]:
+        """The steps of one rank; all ranks have equally many of every pair."""
+        steps = []
+        for pair, (terms, batches) in enumerate(zip(self.pairs, self.batches, strict=True)):
+            count = -(-len(batches) // world)
+            mine = batches[rank::world]
+            for number in range(count):
+                chosen = [terms[i] for i in mine[number]] if number < len(mine) else []
+                steps.append(Step(pair, chosen, number == count - 1))
+        return steps
+
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
+        return batch
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        steps = self.steps(self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(steps, batch_size=None, collate_fn=lambda step: step)  # type: ignore[arg-type]
+
+
+class GradientModule(lightning.LightningModule):
+    """Writes the margin gradient of every pair to ``folder / gradient_file(pair)``, float32 ``[N, K]`` by layer."""
+
+    def __init__(self, config: CalibrateConfig, folder: Path, pad: int) -> None:
+        super().__init__()
+        self.config, self.folder, self.pad = config, folder, pad
+        self.model: Any = None
+        self.tokens_done = 0
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
+
+    def on_predict_start(self) -> None:
+        spread_threads(self.trainer, self.device)
+        self.linears = find_linears(self.model, self.config.include, self.config.exclude)
+        self._context = accumulating(self.linears)
+        self.sums = self._context.__enter__()
+
+    def predict_step(self, step: Step, batch_idx: int) -> None:
+        if step.batch:
+            backward(self.model, step.batch, self.pad)
+            self.tokens_done += sum(len(term.encoded) for term in step.batch)
+        if step.last:
+            self._finish(step.pair)
+
+    def on_predict_end(self) -> None:
+        self._context.__exit__(None, None, None)
+
+    def _finish(self, pair: int) -> None:
+        if self.trainer.world_size > 1:
+            for total in self.sums.values():
+                dist.all_reduce(total)
+        if self.trainer.is_global_zero:
+            gradients = {
+                n: s.T if matrix(self.linears[n]) is not self.linears[n].weight else s for n, s in self.sums.items()
+            }
+            write_tensors(self.folder / gradient_file(pair), gradients, {"pair": str(pair)})
+        for total in self.sums.values():
+            total.zero_()
+
+
+def gradient_file(pair: int) -> str:
+    return f"gradient-{pair}.safetensors"
+
+
+def margin_terms(
+    personas: PersonaSet, prompter: Prompter, *, count: int, max_length: int, seed: int
+) -> list[WeightedAnswer]:
+    """The margin's terms for one pair: the same items that the statistics are measured on."""
+    plus, minus = [], []
+    for item in draw(personas.split("calibration"), count, seed):
+        assert item.other is not None
+        pair = [prompter.encode(item.question, answer) for answer in (item.matching, item.other)]
+        if all(encoded.answer < max_length and len(encoded) > 1 for encoded in pair):
+            first, second = (Encoded(e.ids[:max_length], e.answer, e.question) for e in pair)
+            plus.append(first)
+            minus.append(second)
+    return margin_objective(plus, minus)
+
+
+class Gradients:
+    """The gradients in a folder, read layer by layer, for any persona of a catalogue.
+
+    The gradient of a pole is that of its pair with its sign; margins add, so the gradient of a composed
+    persona is the weighted sum of its parts'.
+    """
+
+    def __init__(self, folder: Path, catalogue: Catalogue) -> None:
+        self.folder = folder
+        self._parts: dict[str, list[tuple[int, float]]] = {}
+        for index, personas in enumerate(catalogue.sets):
+            for pole, sign in zip(personas.poles, (1.0, -1.0), strict=False):
+                self._parts[pole] = [(index, sign)]
+        for composition in catalogue.compositions:
+            parts = composition.parts
+            total = sum(weight for _, weight in parts)
+            self._parts[composition.name] = [(i, s * w / total) for p, w in parts for i, s in self._parts[p]]
+
+    def of(self, persona: str, layer: str) -> Tensor:
+        """Float32 ``[N, K]``."""
+        return torch.stack([weight * self._read(index, layer) for index, weight in self._parts[persona]]).sum(0)
+
+    def _read(self, index: int, layer: str) -> Tensor:
+        with safe_open(str(self.folder / gradient_file(index)), "pt") as file:
+            return file.get_tensor(layer)

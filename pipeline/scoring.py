@@ -67,3 +67,20 @@ def contrastive_sparse(weight: Tensor, score_own: Tensor, score_other: Tensor) -
 def _normalised(score: Tensor) -> Tensor:
     total = score.sum(1, keepdim=True)
     return torch.where(total > 0, score / total, 0.0)
+
+
+def first_order_gain(weight: Tensor, gradient: Tensor) -> Tensor:
+    """What removing each weight adds to the margin, to first order: ``-W_ij g_ij`` ``[N, K]`` float32.
+
+    ``gradient`` is that of the persona's margin (docs/method.md, signed criteria). Ours, not the paper's.
+    """
+    return -(weight.float() * gradient.float())
+
+
+def gain_per_damage(weight: Tensor, gradient: Tensor, rms: Tensor) -> Tensor:
+    """Gain over squared disturbance, ``|g_ij| / (|W_ij| rms_j^2)`` ``[N, K]`` float32; 0 for a weight that is 0.
+
+    The disturbance of an output by a removed weight is ``W_ij x_j``, of mean square ``(|W_ij| rms_j)^2``.
+    """
+    damage = weight.float().abs() * rms.float().square()
+    return torch.where(damage > 0, gradient.float().abs() / damage, 0.0).clamp(max=3e38)
