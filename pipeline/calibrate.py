@@ -125,7 +125,7 @@ def _manifest(config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, m
             "data_sha256": {plus: data_hash(items) for plus, items in drawn.items()},
             "questions": {plus: sorted({question_hash(i) for i in items}) for plus, items in drawn.items()},
         },
-        "counts": {"columns": ["samples", "counted tokens", "sink tokens"], **counts},
+        "counts": {"columns": ["samples", "counted tokens", "sink tokens"], "personas": counts},
         "options": options,
         "versions": versions(),
     }

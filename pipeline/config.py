@@ -96,7 +96,8 @@ class CalibrateConfig:
     """Longest sequence in tokens; answers are cut there, items whose question alone is longer are left out."""
     tokens: str = "predicting"
     """Which positions count: "predicting" (those that predict an answer token), "answer", "prompt" (the question's
-    words) or "all" (question and answer). Padding, template tokens and position 0 never do."""
+    words) or "all" (question and answer). Padding and position 0 never do, nor do template tokens, except the last of
+    the prompt, which predicts the answer's first."""
     batch_tokens: int = 2048
     """Tokens of a padded batch."""
     devices: str = "1"

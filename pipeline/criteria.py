@@ -6,6 +6,7 @@ A criterion takes a ``Layer`` and returns packed bits; the scores themselves are
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 from torch import Tensor
@@ -90,20 +91,20 @@ def random_mask(layer: Layer) -> Tensor:
 
 def first_order(layer: Layer) -> Tensor:
     """Gain per damage: within a row's least important ``pool``, remove what helps the margin most for its damage."""
-    return _signed(layer, lambda w, g, rms: scoring.gain_per_damage(w, g, rms))
+    return _signed(layer, scoring.gain_per_damage, layer.pool)
 
 
 def first_order_pool(layer: Layer) -> Tensor:
     """Gain: within a row's least important ``pool``, remove what helps the margin most."""
-    return _signed(layer, lambda w, g, rms: scoring.first_order_gain(w, g))
+    return _signed(layer, lambda w, g, rms: scoring.first_order_gain(w, g), layer.pool)
 
 
 def first_order_gate(layer: Layer) -> Tensor:
     """Damage: among all weights whose removal helps the margin, remove the least important."""
-    return _signed(layer, lambda w, g, rms: -(w.float().abs() * rms.float()))
+    return _signed(layer, lambda w, g, rms: -(w.float().abs() * rms), pool=1.0)
 
 
-def _signed(layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def _signed(layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor], pool: float) -> Tensor:
     """Remove up to ``K - keep`` weights a row, best ``rank`` first, among those in the pool with a positive gain.
 
     A row with fewer such weights loses fewer. The importance that the pool goes by is ``|W| rms``, over the
@@ -112,11 +113,13 @@ def _signed(layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor]) -> T
     if layer.gradient is None:
         raise UserError(f"a first-order criterion needs the gradient of a pair's margin; {layer.persona!r} has none")
     other = _opponent(layer)
-    rms = ((layer.own.mean_square + other.mean_square) / 2).sqrt().float()
+    tokens = layer.own.tokens + other.tokens
+    square = layer.own.mean_square * layer.own.tokens + other.mean_square * other.tokens
+    rms = (square / tokens).sqrt().float()
     weight, columns = layer.weight, layer.weight.shape[1]
     eligible = scoring.first_order_gain(weight, layer.gradient) > 0
-    if layer.pool < 1:
-        unimportant = mask_select_scores(-(weight.float().abs() * rms), int(layer.pool * columns))
+    if pool < 1:
+        unimportant = mask_select_scores(-(weight.float().abs() * rms), int(Decimal(str(pool)) * columns))
         eligible &= unpack_bits(unimportant, columns)
     scores = rank(weight, layer.gradient, rms).masked_fill(~eligible, -torch.inf)
     removed = unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible

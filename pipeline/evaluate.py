@@ -5,6 +5,7 @@ import datetime
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.cli import note, parse, quiet_libraries, run
@@ -118,9 +119,9 @@ def _run_all(
 def _add_random(model: Any, pair: Any, seed: int) -> dict[str, str]:
     """A random mask for each pole with the pole's own number of weights in every row, drawn independently."""
     names = {}
-    for number, pole in enumerate((pair.plus, pair.minus)):
+    for pole in (pair.plus, pair.minus):
         names[pole] = f"random-{pole}"[:64]
-        model.add(model.masks.random_like(pole, 2 * seed + number, names[pole]))
+        model.add(model.masks.random_like(pole, 1000 * seed + len(model.masks.personas), names[pole]))
     return names
 
 
@@ -167,6 +168,7 @@ def _write(
         "model": manifest["model"]["id"],
         "criterion": manifest["criterion"],
         "sparsity": manifest["sparsity"]["option"],
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
         "records": [_finite(dataclasses.asdict(r)) for r in records],
         "contrasts": [_finite(dataclasses.asdict(c)) for c in contrasts],
         "answers": answers,

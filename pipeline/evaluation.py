@@ -212,7 +212,7 @@ def _record(
         condition=state.condition,
         persona=persona,
         pair=f"{pair.plus}/{pair.minus}",
-        criterion=criterion if "mask" in state.condition else "",
+        criterion=criterion if state.condition in ("own mask", "opponent mask") else "",
         removed=state.removed,
         form=measured.form,
         n=count,

@@ -11,18 +11,20 @@ from pipeline.data.forms import Item
 from pipeline.sites import matrix
 
 SAMPLED = 65536
-"""Weights of a layer that its fingerprint reads, evenly spread: a whole 70B model would take minutes."""
+"""At least so many of a layer's weights, evenly spread, and less than twice as many, make its fingerprint: reading a
+whole 70B model would take minutes."""
 
 
 def layer_fingerprint(weight: Tensor) -> str:
-    """Hash of the shape and of up to 65536 evenly spread weights ``[N, K]``, rounded to bfloat16.
+    """Hash of the shape and of the signs of evenly spread weights ``[N, K]``.
 
-    Rounded, so that a model loaded in float32 or bfloat16 has the same fingerprint.
+    Signs survive every change of precision, so that a model loaded in float32, bfloat16 or float16 has the
+    same fingerprint; other training flips some of the small ones.
     """
     flat = weight.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLED)
-    sample = flat[::step].to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
-    return hashlib.sha256(f"{list(weight.shape)}".encode() + sample.numpy().tobytes()).hexdigest()[:16]
+    signs = torch.signbit(flat[::step]).to(torch.uint8).cpu()
+    return hashlib.sha256(f"{list(weight.shape)}".encode() + signs.numpy().tobytes()).hexdigest()[:16]
 
 
 def model_fingerprints(linears: dict[str, nn.Module]) -> dict[str, str]:

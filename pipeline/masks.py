@@ -70,7 +70,7 @@ class PersonaMasks:
         return self._combine(name, personas, torch.bitwise_or)
 
     def intersection(self, name: str, personas: Iterable[str]) -> "PersonaMasks":
-        """A mask that keeps what all of the personas keep: it unites what they remove (METHOD: several personas)."""
+        """A mask that keeps what all of the personas keep: it unites what they remove."""
         return self._combine(name, personas, torch.bitwise_and)
 
     def difference(self, name: str, a: str, b: str) -> "PersonaMasks":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
+from pipeline.errors import UserError
 from pipeline.sites import Site
 
 SAMPLES, TOKENS, SINKS = range(3)
@@ -21,11 +22,12 @@ SAMPLES, TOKENS, SINKS = range(3)
 class ChannelStats:
     """What one persona's samples say about one input: every tensor is float64 ``[K]``.
 
-    ``mean_abs`` is A of eq. 2, ``mean_square`` its squared counterpart (Wanda's norm squared over the
-    number of tokens), ``mu`` and ``variance`` (population) are over sequences of the per-sequence
-    RMS (eq. 8), ``mean`` is signed, ``sink_square`` is the mean square at position 0.
+    ``tokens`` is the number of counted tokens, ``mean_abs`` is A of eq. 2, ``mean_square`` its squared
+    counterpart (Wanda's norm squared over the number of tokens), ``mu`` and ``variance`` (population) are over
+    sequences of the per-sequence RMS (eq. 8), ``mean`` is signed, ``sink_square`` is the mean square at position 0.
     """
 
+    tokens: float
     mean_abs: Tensor
     mean_square: Tensor
     mean: Tensor
@@ -89,14 +91,15 @@ class ActivationStats:
         return ActivationStats(self.personas + other.personas, self.sites, sums, torch.cat([self.counts, other.counts]))
 
     def channels(self, persona: str, site: str) -> ChannelStats:
-        """Means of one persona at one site. Raises ValueError if it has no counted token."""
+        """Means of one persona at one site. Raises UserError if it has no counted token."""
         row = self.personas.index(persona)
         samples, tokens, sinks = self.counts[row].tolist()
         if samples <= 0 or tokens <= 0:
-            raise ValueError(f"persona {persona!r} has no counted token")
+            raise UserError(f"persona {persona!r} has no counted token; see --tokens")
         rms, ms, square, magnitude, signed, sink_square, _, _ = self.sums[site][row]
         mu = rms / samples
         return ChannelStats(
+            tokens=tokens,
             mean_abs=magnitude / tokens,
             mean_square=square / tokens,
             mean=signed / tokens,

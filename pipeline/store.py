@@ -45,15 +45,26 @@ def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-        if (output / MANIFEST).exists():
-            output.rename(replaced)
-        staging.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _swap(staging, output)
     except OSError as error:
         raise UserError(f"could not write {output}: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, output: Path) -> None:
+    """Put ``staging`` in the place of ``output``; an earlier run is put back if that fails."""
+    if not (output / MANIFEST).exists():
+        staging.rename(output)
+        return
+    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    output.rename(replaced)
+    try:
+        staging.rename(output)
+    except OSError:
+        replaced.rename(output)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -158,7 +169,11 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         for shape in manifest["layers"].values():
             if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise ValueError(f"layer shape {shape}")
+        for key in ("model", "criterion", "sparsity", "personas", "options", "versions"):
+            manifest[key]
         for persona, entry in manifest["masks"].items():
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise ValueError(f"size and checksum of persona {persona!r}")
             if entry["file"] != f"masks/{check_name(persona)}.safetensors":
                 raise ValueError(f"file name {entry['file']!r} of persona {persona!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
