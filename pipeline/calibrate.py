@@ -77,7 +77,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
         terms = [margin_terms(personas, prompter, **limits) for personas in catalogue.sets]
         note(f"gradients of {len(terms)} margins")
         module = GradientModule(config, folder, tokenizer.pad_token_id)
-        run_pass(config, module, MarginData(terms, config.batch_tokens), gradients=True)
+        run_pass(config, module, MarginData(terms, max(1, config.batch_tokens // 4)), gradients=True)
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:

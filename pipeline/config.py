@@ -72,11 +72,12 @@ class CalibrateConfig:
     compose: str = ""
     """Comma-separated mixtures of measured personas, NAME[/OPPOSITE]=0.7*introvert+0.3*thinking; masks are then made
     for the mixtures (and types), not for their parts."""
-    criterion: str = "contrastive-wanda"
+    criterion: str = "first-order"
     """Ours: first-order (gain per damage), first-order-pool, first-order-gate, signed by one backward pass. The
     paper's: wanda, sparse, contrastive-wanda, contrastive-sparse. Controls: magnitude, random, neutral."""
-    sparsity: str = "0.2"
-    """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2."""
+    sparsity: str = "0.02"
+    """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
+    first-order criteria work at 0.01 to 0.05 and remove at most so many; the paper's are meant for 0.2 to 0.6."""
     activation: str = "softplus"
     """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
     temperature: float = 2.0
@@ -99,7 +100,7 @@ class CalibrateConfig:
     words) or "all" (question and answer). Padding and position 0 never do, nor do template tokens, except the last of
     the prompt, which predicts the answer's first."""
     batch_tokens: int = 2048
-    """Tokens of a padded batch."""
+    """Tokens of a padded batch in the forward pass; a backward pass takes a quarter of it."""
     devices: str = "1"
     """Number of devices (processes on a CPU), a list such as 0,2, or "auto"."""
     num_nodes: int = 1
