@@ -116,7 +116,7 @@ def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool
             use_distributed_sampler=False,
             inference_mode=not gradients,
         )
-    except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, TypeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
     trainer.predict(module, datamodule=data, return_predictions=False)
     torch.set_num_threads(threads)

@@ -51,7 +51,7 @@ def _normalised(argv: list[str], switches: set[str]) -> list[str]:
         following = argv[position + 1] if position + 1 < len(argv) else ""
         if name in switches and not equals and following not in ("true", "false"):
             result.append(f"--{name}=true")
-        elif name.startswith("no_") and name[3:] in switches:
+        elif name.startswith("no_") and name[3:] in switches and not equals:
             result.append(f"--{name[3:]}=false")
         else:
             result.append(f"--{name}{equals}{value}")

@@ -1,5 +1,6 @@
 """Options of the command lines. The docstring under a field is its help text."""
 
+import math
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -38,6 +39,8 @@ class Sparsity:
         for part in str(text).split(","):
             name, equals, number = part.strip().rpartition("=")
             value = _share(number, f"--sparsity {text!r}")
+            if equals and not name.strip():
+                raise UserError(f"--sparsity {text!r}: a layer's name is missing before '='")
             if equals:
                 overrides.append((name.strip(), value))
             elif default is not None:
@@ -268,8 +271,8 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise UserError(f"--{name} must be at least {least}, got {value}")
+    if not (value >= least and math.isfinite(value)):
+        raise UserError(f"--{name.replace('_', '-')} must be a number of at least {least}, got {value}")
 
 
 def check_gamma(gamma: float) -> None:

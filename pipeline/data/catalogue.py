@@ -28,6 +28,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """What a persona may be called: it becomes a file name."""
 
 
+RESERVED = ("none", NEUTRAL)
+"""The unmasked model in the chat, and the neutral set."""
+
+
 @dataclass(frozen=True)
 class PersonaSet:
     """One pair of opposing personas and its items; ``minus`` is None for plain texts of one persona."""
@@ -148,6 +152,8 @@ def shipped_path(name: str):
 
 def check_name(name: str) -> str:
     """Return ``name`` if it may name a persona; raises UserError."""
+    if name in RESERVED:
+        raise UserError(f"persona name {name!r} is reserved; name the personas PLUS/MINUS=SOURCE")
     if not NAME.fullmatch(name) or ".." in name:
         raise UserError(
             f"persona name {name[:80]!r}: letters, digits, '_', '.', '-' only, at most 64, the first a letter or digit"
@@ -189,8 +195,12 @@ def _default_name(source: str) -> str:
 
 def _add_sets(catalogue: Catalogue, *sets: PersonaSet) -> None:
     for new in sets:
+        if new.source in DICHOTOMIES and any(known.source == new.source for known in catalogue.sets):
+            continue
+        if new.plus == new.minus:
+            raise UserError(f"{new.source}: both poles are called {new.plus!r}")
         for pole in new.poles:
-            if pole in catalogue.measured:
+            if pole in catalogue.measured or any(c.name == pole for c in catalogue.compositions):
                 raise UserError(f"persona {pole!r} comes from two sources; name them apart (PLUS/MINUS=SOURCE)")
         catalogue.sets.append(new)
         if new.minus is not None:
@@ -200,8 +210,10 @@ def _add_sets(catalogue: Catalogue, *sets: PersonaSet) -> None:
 def _add_type(catalogue: Catalogue, name: str) -> None:
     if any(c.name == name for c in catalogue.compositions):
         return
+    if name in catalogue.measured:
+        raise UserError(f"persona {name!r} is a type and comes from a file too; name them apart (PLUS/MINUS=SOURCE)")
     for dichotomy, letters in DICHOTOMIES.items():
-        if set(letters) & set(name) and not set(dichotomy.split("-")) & set(catalogue.measured):
+        if set(letters) & set(name):
             _add_sets(catalogue, shipped_set(dichotomy))
     catalogue.compositions.append(Composition(name, tuple((POLE_OF_LETTER[letter], 1.0) for letter in name)))
     catalogue.opponents[name] = opposite_type(name)
@@ -213,7 +225,7 @@ def _add_mixture(catalogue: Catalogue, text: str) -> None:
         raise UserError(f"--compose {text!r}: expected NAME[/OPPOSITE]=0.7*introvert+0.3*thinking")
     parts = []
     for term in formula.split("+"):
-        weight, star, pole = term.strip().rpartition("*")
+        weight, star, pole = (part.strip() for part in term.rpartition("*"))
         try:
             parts.append((pole, float(weight) if star else 1.0))
         except ValueError:
@@ -226,6 +238,8 @@ def _add_mixture(catalogue: Catalogue, text: str) -> None:
             )
     plus, _, minus = names.strip().partition("/")
     minus = minus or f"not-{plus}"
+    if plus == minus:
+        raise UserError(f"--compose {text!r}: both poles are called {plus!r}")
     mixtures = [Composition(check_name(plus), tuple(parts))]
     if all(pole in catalogue.opponents for pole, _ in parts):
         mixtures.append(Composition(check_name(minus), tuple((catalogue.opponents[p], w) for p, w in parts)))

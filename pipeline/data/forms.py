@@ -97,4 +97,8 @@ def _text(row: Mapping[str, Any], name: str) -> str:
         raise RowError(f"field {name!r} must be text, it is {kind}")
     if not value.strip():
         raise RowError(f"field {name!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"field {name!r} is not valid Unicode: {error}") from error
     return value.strip()

@@ -4,13 +4,15 @@ Local files are read here line by line, because a report that names file and lin
 hub ids go through ``datasets``.
 """
 
+import codecs
 import csv
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.data.forms import Item, RowError, parse_row
 from pipeline.errors import UserError
@@ -34,13 +36,13 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
     file and line; ``strict`` raises on the first. Raises UserError when nothing usable is there.
     """
     loaded = Loaded()
-    seen: dict[tuple[str, str, str | None], str] = {}
+    seen: dict[tuple[str | None, ...], str] = {}
     for place, row in _rows(source):
         try:
             if isinstance(row, RowError):
                 raise row
             persona, item = parse_row(row, place)
-            key = (item.question, item.matching, item.other)
+            key = (persona, item.question, item.matching, item.other)
             if key in seen:
                 raise RowError(f"the row repeats {seen[key]}")
             seen[key] = place
@@ -58,13 +60,17 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
 
 
 def _rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{source[:200]}: not a usable file name ({error})") from error
     suffix = path.suffix.lower()
-    if path.is_dir():
+    if is_folder:
         raise UserError(f"{source}: a folder, expected a .csv or .jsonl file or a hub id")
-    if not path.exists() and (suffix in (".csv", ".jsonl", ".json") or source.startswith((".", "/", "~"))):
+    if not exists and (suffix in (".csv", ".jsonl", ".json") or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file")
-    if not path.exists():
+    if not exists:
         yield from _hub_rows(source)
     elif suffix == ".csv":
         yield from _csv_rows(path)
@@ -78,17 +84,28 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     limit = csv.field_size_limit(MAX_FIELD)
     try:
         with open(path, encoding="utf-8-sig", errors="strict", newline="") as file:
-            reader = csv.DictReader(file)
-            start = 2
-            for row in reader:
-                place = f"{path}:{start}"
-                start = reader.line_num + 1
-                extra = row.pop(None, None)  # type: ignore[call-overload]
-                yield place, RowError(f"the row has {len(extra)} fields too many") if extra else row
+            names: list[str] | None = None
+            for line, fields in _csv_records(file):
+                if names is None:
+                    names = fields
+                elif len(fields) > len(names):
+                    yield f"{path}:{line}", RowError(f"the row has {len(fields) - len(names)} fields too many")
+                else:
+                    yield f"{path}:{line}", dict(zip_longest(names, fields))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable UTF-8 CSV file: {error}") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Every record that is not blank, with the line it begins on (a quoted field may span several)."""
+    reader = csv.reader(file)
+    line = 1
+    for fields in reader:
+        if fields:
+            yield line, fields
+        line = reader.line_num + 1
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
@@ -100,7 +117,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
             elif len(line) > 4 * MAX_FIELD:
                 yield place, RowError(f"the line has {len(line)} bytes, more than {4 * MAX_FIELD}")
             else:
-                yield place, _json_row(line)
+                yield place, _json_row(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
 
 
 def _json_row(line: bytes) -> dict[str, Any] | RowError:
@@ -131,10 +148,15 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
 def _check_split(loaded: Loaded, strict: bool) -> None:
     """Test items whose question is also a calibration question are left out."""
     for persona, items in loaded.items.items():
-        calibration = {i.question.casefold(): i.source for i in items if i.split != "test"}
-        crossing = [i for i in items if i.split == "test" and i.question.casefold() in calibration]
-        problems = [f"{i.source}: repeats the question of {calibration[i.question.casefold()]}" for i in crossing]
+        calibration = {_asked(i): i.source for i in items if i.split != "test"}
+        crossing = [i for i in items if i.split == "test" and _asked(i) in calibration]
+        problems = [f"{i.source}: repeats the question of {calibration[_asked(i)]}" for i in crossing]
         if problems and strict:
             raise UserError(problems[0])
         loaded.problems += problems
         loaded.items[persona] = [i for i in items if i not in crossing]
+
+
+def _asked(item: Item) -> str:
+    """What an item is recognised by: its question, or the text itself where there is none."""
+    return (item.question or item.matching).casefold()

@@ -69,7 +69,7 @@ def make_samples(
                 encoded = prompter.encode(item.question, answer)
                 if encoded.answer >= max_length or len(encoded) < 2:
                     problems.append(
-                        f"{item.source}: {encoded.answer} prompt tokens, --max_length is {max_length}; left out"
+                        f"{item.source}: {encoded.answer} prompt tokens, --max-length is {max_length}; left out"
                     )
                     continue
                 cut = Encoded(encoded.ids[:max_length], encoded.answer, encoded.question)

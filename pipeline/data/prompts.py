@@ -11,6 +11,10 @@ TOKENS = ("predicting", "answer", "prompt", "all")
 """Which positions count, see ``roles``."""
 
 
+_MARK = "\u2063question\u2063"
+"""Stands in for the question when its place in a template is looked for."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One sequence. The answer is ``ids[answer:]``, the question's own words are ``ids[question]``."""
@@ -57,15 +61,18 @@ class Prompter:
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not (self.chat and prompt))
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-        found = prompt.rfind(question) if question else -1
-        inside = [
-            i for i, (a, b) in enumerate(offsets) if found >= 0 and b > found and a < found + len(question) and b > a
-        ]
-        return Encoded(tuple(ids), start, range(inside[0], inside[-1] + 1) if inside else range(0))
+        found = self._slot(question, system)
+        end = found + len(question)
+        inside = [i for i, (a, b) in enumerate(offsets) if b > a and b > found and a < end]
+        return Encoded(tuple(ids), start, range(inside[0], inside[-1] + 1) if question and inside else range(0))
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered prompt."""
         return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+
+    def _slot(self, question: str, system: str | None) -> int:
+        """Where the question begins in its prompt: the frame may hold the same words, so look with a mark instead."""
+        return self.prompt(_MARK, system).find(_MARK) if question else 0
 
     def _with_system(self, system: str, question: str) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
