@@ -17,7 +17,7 @@ def activation_stats_reference(x: Tensor, role: Tensor, persona: Tensor, sums: T
     rows = torch.stack([mean_square.sqrt(), mean_square, square, magnitude, signed, *sink], dim=1)
     used, owner = persona.unique(return_inverse=True)
     # A matrix product instead of index_add_: no atomics, so the same bits in every run.
-    membership = torch.nn.functional.one_hot(owner, len(used)).to(torch.float64)
+    membership = (owner.unsqueeze(1) == torch.arange(len(used), device=x.device)).to(torch.float64)
     sums[used] += torch.einsum("bp,bfk->pfk", membership, rows.to(torch.float64))
     return ~torch.isfinite(rows).flatten(1).all(1)
 
