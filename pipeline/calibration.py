@@ -16,7 +16,7 @@ from pipeline.config import CalibrateConfig, parse_devices
 from pipeline.data.module import Batch
 from pipeline.errors import UserError
 from pipeline.loading import load_model
-from pipeline.sites import expert_parameters, find_linears, find_sites
+from pipeline.sites import check_causal, expert_parameters, find_linears, find_sites
 from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
 
@@ -46,6 +46,7 @@ class StatisticsModule(lightning.LightningModule):
     def on_predict_start(self) -> None:
         spread_threads(self.trainer, self.device)
         linears = find_linears(self.model, self.config.include, self.config.exclude)
+        check_causal(self.model, self.device)
         sites, unused = find_sites(self.model, linears, self.device)
         if self.trainer.is_global_zero:
             _report_coverage(self.model, sites, unused)

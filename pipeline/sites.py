@@ -107,6 +107,16 @@ def find_sites(model: Any, linears: dict[str, nn.Module], device: torch.device) 
     return sites, [name for name in linears if name not in called]
 
 
+@torch.inference_mode()
+def check_causal(model: Any, device: torch.device) -> None:
+    """Raise UserError if a token changes what the model computes before it (an encoder such as BERT)."""
+    last = min(7, model.get_input_embeddings().weight.shape[0] - 1)
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, last]], device=device).clamp(max=last)
+    first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :3].float()
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
+        raise UserError(f"{type(model).__name__} is not a causal language model: later tokens change earlier outputs")
+
+
 def _embeddings(model: Any) -> list[nn.Module]:
     return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
 

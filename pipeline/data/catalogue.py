@@ -74,8 +74,8 @@ class Catalogue:
 
     @property
     def personas(self) -> list[str]:
-        """Every persona that gets a mask. With compositions, these are the composed ones."""
-        return [c.name for c in self.compositions] or self.measured
+        """Every persona that gets a mask: the composed ones if there are any; never the neutral set."""
+        return [c.name for c in self.compositions] or [pole for pole in self.measured if pole != NEUTRAL]
 
 
 def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) -> Catalogue:
