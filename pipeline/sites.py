@@ -113,7 +113,9 @@ def check_causal(model: Any, device: torch.device) -> None:
     last = min(7, model.get_input_embeddings().weight.shape[0] - 1)
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, last]], device=device).clamp(max=last)
     first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :3].float()
-    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
+    # Both rows are computed alike, so that rounding hardly differs; NaN is for the collector to name.
+    difference, scale = (first - second).abs().max(), first.std()
+    if difference > 1e-3 * scale:
         raise UserError(f"{type(model).__name__} is not a causal language model: later tokens change earlier outputs")
 
 
