@@ -58,7 +58,9 @@ class PersonaSelector:
         return index.repeat_interleave(count // index.shape[0])
 
     def _tensor(self, device: torch.device) -> Tensor:
-        return torch.tensor(self._choice, dtype=torch.int32, device=device)
+        # An inference tensor could not be written to by a later switch outside inference mode.
+        with torch.inference_mode(False):
+            return torch.tensor(self._choice, dtype=torch.int32, device=device)
 
 
 class MaskedLinear(nn.Module):
@@ -100,6 +102,8 @@ class MaskedLinear(nn.Module):
         self.register_buffer("bits", bits)
         self.register_buffer("_effective", None, persistent=False)
         self.selector = selector or PersonaSelector()
+        # Made now: a graph that is compiled later finds the buffer and does not make it.
+        self.selector.index(weight.device)
 
     @classmethod
     def from_linear(cls, linear: Any, masks: Tensor | None = None, **options: Any) -> "MaskedLinear":
@@ -140,7 +144,7 @@ class MaskedLinear(nn.Module):
             self._effective = None
             return
         index = int(self.selector.index(self.weight.device))
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             gated = gated_weight(self.matrix, self.bits[index], self.selector.gamma)
         if self._effective is None or self._effective.shape != gated.shape or self._effective.dtype != gated.dtype:
             self._effective = gated
