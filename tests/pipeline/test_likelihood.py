@@ -1,0 +1,95 @@
+"""Log-probabilities and intervals: what every evaluation number is made of."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from pipeline.data.prompts import Encoded
+from pipeline.gradients import accumulating, backward, margin_objective
+from pipeline.intervals import auc, bootstrap_interval
+from pipeline.likelihood import answer_scores, perplexity
+from pipeline.sites import find_linears
+
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture(scope="module", params=["LlamaConfig", "Gemma2Config", "GPT2Config"])
+def model(request):
+    torch.manual_seed(0)
+    options = SHAPE if request.param != "GPT2Config" else {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return AutoModelForCausalLM.from_config(getattr(transformers, request.param)(**options)).eval()
+
+
+def sequence(length, answer):
+    return Encoded(tuple(torch.randint(3, 96, (length,)).tolist()), answer, range(0))
+
+
+def alone(model, s):
+    """The sum of the answer's log-probabilities from one unpadded pass in full."""
+    with torch.no_grad():
+        table = torch.log_softmax(model(input_ids=torch.tensor([s.ids])).logits[0].double(), -1)
+    return sum(table[t - 1, s.ids[t]].item() for t in range(max(s.answer, 1), len(s)))
+
+
+def test_scores_equal_one_pass_per_sequence(model):
+    sequences = [sequence(n, a) for n, a in ((9, 4), (5, 4), (12, 1), (7, 0), (2, 1), (9, 8))]
+    sequences.append(Encoded((*sequences[1].ids[:-1], 50), 4, range(0)))
+    for budget in (1, 30, 1000):
+        scores = answer_scores(model, sequences, batch_tokens=budget, pad=0)
+        for s, score in zip(sequences, scores, strict=True):
+            assert score.total == pytest.approx(alone(model, s), abs=1e-4)
+            assert score.tokens == len(s) - max(s.answer, 1)
+
+
+def test_perplexity(model):
+    texts = [sequence(8, 0), sequence(5, 0)]
+    nats = -sum(alone(model, s) for s in texts) / (7 + 4)
+    assert perplexity(model, texts, batch_tokens=64, pad=0) == pytest.approx(math.exp(nats), rel=1e-5)
+
+
+def test_margin_gradient_is_that_of_autograd(model):
+    plus, minus = [sequence(9, 4), sequence(6, 3)], [sequence(7, 4), sequence(8, 3)]
+    terms = margin_objective(plus, minus)
+    linears = find_linears(model)
+    with accumulating(linears) as sums:
+        value = sum(backward(model, [term], 0) for term in terms[:1]) + backward(model, terms[1:], 0)
+    assert not any(m.weight.requires_grad for m in linears.values())
+
+    def margin():
+        total = 0.0
+        for sign, group in ((1, plus), (-1, minus)):
+            for s in group:
+                table = torch.log_softmax(model(input_ids=torch.tensor([s.ids])).logits[0], -1)
+                own = sum(table[t - 1, s.ids[t]] for t in range(s.answer, len(s)))
+                total = total + sign * own / (len(s) - s.answer) / 2
+        return total
+
+    name = list(linears)[3]
+    weight = linears[name].weight
+    weight.requires_grad_(True)
+    expected_value = margin()
+    (expected,) = torch.autograd.grad(expected_value, weight)
+    weight.requires_grad_(False)
+    assert value == pytest.approx(expected_value.item(), abs=1e-5)
+    torch.testing.assert_close(sums[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bootstrap_covers_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for trial in range(200):
+        low, high = bootstrap_interval(torch.randn(60, generator=generator).tolist(), resamples=300, seed=trial)
+        inside += low <= 0 <= high
+    assert 176 <= inside <= 200
+    assert bootstrap_interval([2.0] * 5, resamples=10, seed=0) == (2.0, 2.0)
+
+
+def test_auc_counts_pairs():
+    a, b = [0.1, 0.5, 0.5, 0.9], [0.5, 0.2]
+    pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
+    assert auc(a, b) == pytest.approx(sum(pairs) / len(pairs))
+    assert math.isnan(auc([], b))

@@ -1,0 +1,156 @@
+"""Criteria against slow oracles that spell the formulas out."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import unpack_bits
+from pipeline.criteria import CRITERIA, Layer
+from pipeline.errors import UserError
+from pipeline.stats import ChannelStats
+
+N, K = 6, 150
+
+
+def stats(zero=False):
+    value = torch.zeros(K, dtype=torch.float64) if zero else torch.rand(K, dtype=torch.float64) + 0.1
+    rest = [torch.zeros_like(value) if zero else torch.rand(K, dtype=torch.float64) for _ in range(5)]
+    return ChannelStats(10.0, value, *rest)
+
+
+def layer(keep=60, **options):
+    defaults = {"own": stats(), "other": stats(), "gradient": torch.randn(N, K)}
+    return Layer("layer", torch.randn(N, K), "p", keep=keep, **(defaults | options))
+
+
+def mask(name, case):
+    return unpack_bits(CRITERIA[name](case), K)
+
+
+def top(scores, keep):
+    """Row-wise: highest score first, ties to the lower column."""
+    rows = []
+    for row in scores:
+        order = sorted(
+            range(len(row)), key=lambda j: (tuple(-v for v in row[j]) if isinstance(row[j], tuple) else -row[j], j)
+        )
+        rows.append([j in set(order[:keep]) for j in range(len(row))])
+    return torch.tensor(rows)
+
+
+def each(function):
+    return [[function(i, j) for j in range(K)] for i in range(N)]
+
+
+def test_wanda():
+    case = layer()
+    w, a = case.weight, case.own.mean_abs.float()
+    assert torch.equal(mask("wanda", case), top(each(lambda i, j: (w[i, j].abs() * a[j]).item()), 60))
+
+
+def test_sparse_in_blocks_of_128():
+    case = layer()
+    w, e = case.weight.double(), case.own.mean_square
+    damp = 0.01 * e.mean()
+    scores = each(lambda i, j: (w[i, j] ** 2 * (e[j] + damp)).item())
+    first = 60 * 128 // K
+    expected = torch.cat([top([r[:128] for r in scores], first), top([r[128:] for r in scores], 60 - first)], 1)
+    assert torch.equal(mask("sparse", case), expected)
+
+
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+def test_contrastive_wanda(activation):
+    case = layer(activation=activation, temperature=1.5)
+    own, other, w = case.own, case.other, case.weight
+    z = (own.mu - other.mu) / (own.variance + other.variance).sqrt()
+    phi = [math.log1p(math.exp(v / 1.5)) if activation == "softplus" else max(v, 0.0) for v in z.tolist()]
+    magnitude = w.abs().double()
+    scores = each(lambda i, j: ((magnitude[i, j] * phi[j]).item(), (magnitude[i, j] * own.mean_abs[j]).item()))
+    # In float64 here and float32 there: neighbours at the threshold may swap, nothing else.
+    assert (mask("contrastive-wanda", case) != top(scores, 60)).sum() <= 2
+
+
+def test_contrastive_sparse():
+    case = layer()
+    w = case.weight.double().square()
+    shares = []
+    for s in (case.own.mean_square, case.other.mean_square):
+        score = w * (s + 0.01 * s.mean())
+        shares.append(score / score.sum(1, keepdim=True))
+    own, other = shares
+    scores = each(
+        lambda i, j: (1.0, (own[i, j] - other[i, j]).item()) if own[i, j] >= other[i, j] else (0.0, own[i, j].item())
+    )
+    assert (mask("contrastive-sparse", case) != top(scores, 60)).sum() <= 2
+
+
+def eligible(case, pool):
+    """Where the gain is positive, within the least important share of the row."""
+    own, other = case.own, case.other
+    rms = ((own.mean_square * own.tokens + other.mean_square * other.tokens) / (own.tokens + other.tokens)).sqrt()
+    importance = (case.weight.abs() * rms.float()).tolist()
+    cheap = top([[-v for v in row] for row in importance], int(pool * K))
+    return cheap & (case.weight * case.gradient < 0), rms.float()
+
+
+@pytest.mark.parametrize("name", ["first-order", "first-order-pool", "first-order-gate"])
+def test_first_order(name):
+    case = layer(keep=K - 12)
+    w, g = case.weight, case.gradient
+    allowed, rms = eligible(case, 1.0 if name.endswith("gate") else case.pool)
+    rank = {
+        "first-order": lambda i, j: (g[i, j].abs() / (w[i, j].abs() * rms[j].square())).item(),
+        "first-order-pool": lambda i, j: (-w[i, j] * g[i, j]).item(),
+        "first-order-gate": lambda i, j: -(w[i, j].abs() * rms[j]).item(),
+    }[name]
+    scores = each(lambda i, j: rank(i, j) if allowed[i, j] else -math.inf)
+    removed = ~mask(name, case)
+    assert torch.equal(removed, top(scores, 12) & allowed)
+    assert removed.sum(1).tolist() == [12] * N
+    assert (w * g)[removed].max() < 0
+
+
+def test_first_order_removes_only_what_helps():
+    case = layer(keep=0)
+    assert ((~mask("first-order", case)) <= (case.weight * case.gradient < 0)).all()
+    with pytest.raises(UserError, match="gradient"):
+        mask("first-order", layer(gradient=None))
+
+
+@pytest.mark.parametrize("name", [n for n in CRITERIA if not n.startswith("first-order")])
+@pytest.mark.parametrize("zero", ["own", "other", "both", "weight"])
+def test_degenerate_statistics_still_give_exact_rows(name, zero):
+    case = layer(
+        own=stats(zero in ("own", "both")),
+        other=stats(zero in ("other", "both")),
+    )
+    if zero == "weight":
+        case.weight.zero_()
+    for keep in (0, 1, 77, K):
+        again = Layer("layer", case.weight, "p", case.own, case.other, keep)
+        assert mask(name, again).sum(1).tolist() == [keep] * N
+        assert torch.equal(mask(name, again), mask(name, again))
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparse", "contrastive-wanda", "contrastive-sparse"])
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+def test_disjoint_takes_free_weights_first(name, activation):
+    for keep in (40, 75, 110):
+        taken = mask(name, layer(keep=keep))
+        kept = mask(name, layer(keep=keep, taken=taken, activation=activation))
+        assert kept.sum(1).tolist() == [keep] * N
+        # Blocks of 128 columns may round apart by one weight each.
+        forced = max(0, 2 * keep - K)
+        assert ((kept & taken).sum(1) - forced <= (2 if name == "sparse" else 0)).all()
+
+
+def test_random_masks_depend_on_seed_layer_and_persona():
+    weight = torch.randn(N, K)
+
+    def one(layer_name="l", persona="p", seed=0):
+        return CRITERIA["random"](Layer(layer_name, weight, persona, stats(), None, 70, seed=seed))
+
+    assert torch.equal(one(), one())
+    for other in (one("m"), one(persona="q"), one(seed=1)):
+        assert not torch.equal(one(), other)
