@@ -43,3 +43,20 @@ def test_calibrate_switch_and_speak(tmp_path):
     texts = {p: answer(model.switch(p), prompter, "How do you plan a holiday?", max_new_tokens=12) for p in mean}
     assert all(texts.values())
     assert texts["judging"] != texts["perceiving"]
+
+
+@pytest.mark.slow
+def test_default_criterion_separates_on_held_out_topics(tmp_path):
+    """The claim of the README, small: separation beyond its interval on items from topics never calibrated on."""
+    import json
+
+    from pipeline import calibrate, evaluate
+
+    run = str(tmp_path / "run")
+    assert calibrate.main(["--personas", "judging-perceiving", "--samples", "48", "--output", run]) == 0
+    options = ["--no-options", "--conditions", "mask,random", "--texts", "4", "--questions", "0"]
+    assert evaluate.main([run, *options, "--json", str(tmp_path / "e.json")]) == 0
+    contrasts = {c["condition"]: c for c in json.loads((tmp_path / "e.json").read_text())["contrasts"]}
+    assert contrasts["own mask"]["separation_low"] > 0
+    assert contrasts["own mask"]["shift_low"] > 0
+    assert contrasts["own mask"]["separation"] > contrasts["random mask"]["separation_high"]
