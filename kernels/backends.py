@@ -59,7 +59,7 @@ def forced(op: str) -> str | None:
     """The backend that the environment forces for ``op``, or None."""
     chosen = None
     for part in filter(None, (p.strip() for p in os.environ.get(ENVIRONMENT, "").split(","))):
-        name, _, backend = part.rpartition("=")
+        name, _, backend = (word.strip() for word in part.rpartition("="))
         if name in ("", op):
             _check_backend_name(backend)
             chosen = backend
@@ -102,9 +102,16 @@ def explain() -> dict[str, dict[str, str]]:
     for op, entry in sorted(_OPS.items()):
         row = {b: "present" for b in PREFERENCE if b in entry.present}
         row |= {b: f"missing: {reason}" for b, (reason, _) in entry.missing.items()}
-        row |= {f"chosen on {d}": choose(op, d) for d in devices}
+        row |= {f"chosen on {device}": _chosen(op, device) for device in devices}
         report[op] = row
     return report
+
+
+def _chosen(op: str, device: str) -> str:
+    try:
+        return choose(op, device)
+    except BackendError as error:
+        return f"none: {error}"
 
 
 def _check_backend_name(backend: str) -> None:

@@ -1,5 +1,6 @@
 """Drop-in layers that hold one shared weight and any number of packed persona masks."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ class PersonaSelector:
     def __init__(self) -> None:
         self.mode = "off"
         self.gamma = 0.0
+        # Layers whose materialized copy a new choice makes stale. A flag on the layer and not a counter
+        # here: a compiled graph would specialise on every value of the counter.
+        self._holders: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
         self._choice: tuple[int, ...] = (-1,)
         self._index: dict[torch.device, Tensor] = {}
 
@@ -33,8 +37,12 @@ class PersonaSelector:
         values = _choices(choice)
         if not values:
             raise ValueError("personas per sequence: the list is empty")
+        if min(values) < -1:
+            raise IndexError(f"persona {min(values)}: an index into the masks, or -1 for the plain weight")
         self.mode = "rows" if not single else "off" if values == (-1,) else "uniform"
         self.gamma = gamma
+        for layer in self._holders:
+            layer.fresh = False
         resized = len(values) != len(self._choice)
         self._choice = values
         if resized:
@@ -101,6 +109,7 @@ class MaskedLinear(nn.Module):
             )
         self.register_buffer("bits", bits)
         self.register_buffer("_effective", None, persistent=False)
+        self.fresh = False
         self.selector = selector or PersonaSelector()
         # Made now: a graph that is compiled later finds the buffer and does not make it.
         self.selector.index(weight.device)
@@ -132,16 +141,15 @@ class MaskedLinear(nn.Module):
         """Choose the persona of this layer (of every layer that shares its selector)."""
         self._check(choice)
         self.selector.select(choice, gamma)
-        self.materialize(False)
 
     def materialize(self, on: bool) -> None:
         """Keep ``W * G`` of the one chosen persona as a dense copy, or drop that copy.
 
         The copy costs the memory of the weight and makes every product a plain dense one. It is a
-        snapshot: choose again after the weight, the persona or gamma has changed.
+        snapshot: a new choice drops it, and a change of the weight asks for a new one.
         """
         if not on or self.selector.mode != "uniform":
-            self._effective = None
+            self._effective, self.fresh = None, False
             return
         index = int(self.selector.index(self.weight.device))
         with torch.inference_mode(False), torch.no_grad():
@@ -150,18 +158,23 @@ class MaskedLinear(nn.Module):
             self._effective = gated
         else:
             self._effective.copy_(gated)
+        self.fresh = True
+        self.selector._holders.add(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K]`` -> ``[..., N]``."""
         if self.selector.mode == "off":
             return self._dense(x)
-        if self._effective is not None:
+        if self._effective is not None and self.fresh:
             return F.linear(x, self._effective, self.bias)
         weight, rows = self.matrix, x.reshape(-1, self.in_features)
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
             rows, weight, bias = rows.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+        if self.selector.mode == "rows" and x.dim() > 2 and x.shape[0] % self.selector.index(x.device).shape[0]:
+            chosen = self.selector.index(x.device).shape[0]
+            raise ValueError(f"{chosen} personas were chosen for a batch of {x.shape[0]} sequences")
         persona = self.selector.rows(x.device, rows.shape[0])
         y = masked_linear(rows, weight, self.bits, persona, self.selector.gamma, bias)
         return y.reshape(*x.shape[:-1], self.out_features)

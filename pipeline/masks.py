@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.ops.mask_select import mask_select_scores
 from kernels.ops.pack_bits import pack_bits, unpack_bits
 
 _ONES = torch.tensor([bin(value).count("1") for value in range(256)], dtype=torch.int64)
@@ -142,10 +141,8 @@ def _count(bits: Tensor) -> int:
 
 def _random_subset(candidates: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
     """In every row, ``counts`` random members of ``candidates`` (bool ``[N, K]``)."""
-    keys = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates, -1)
-    if counts.numel() and bool((counts == counts[0]).all()):
-        # The usual case, one count for all rows, is a plain selection.
-        columns = candidates.shape[1]
-        return unpack_bits(mask_select_scores(keys, int(counts[0]), None), columns) & candidates
-    place = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-    return (place < counts.unsqueeze(1)) & candidates
+    # float64: no two keys of a row are equal in practice, so a threshold keeps exactly the count.
+    keys = torch.rand(candidates.shape, generator=generator, dtype=torch.float64).masked_fill(~candidates, -1)
+    ranked = keys.sort(dim=1, descending=True).values
+    last = ranked.gather(1, (counts - 1).clamp(min=0).unsqueeze(1))
+    return (keys >= last) & (counts > 0).unsqueeze(1) & candidates

@@ -74,7 +74,7 @@ def masked_linear_backward(
 
 @masked_linear_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), torch.empty_like(weight)
 
 
 masked_linear.register_autograd(_backward, setup_context=_setup_context)
