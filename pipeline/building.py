@@ -9,6 +9,7 @@ from pipeline.config import CalibrateConfig, Sparsity
 from pipeline.criteria import CRITERIA, Layer
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.forms import NEUTRAL
+from pipeline.errors import UserError
 from pipeline.gradients import Gradients
 from pipeline.masks import PersonaMasks
 from pipeline.sites import find_linears, matrix
@@ -30,12 +31,15 @@ def build_masks(
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity)
     linears = find_linears(model, config.include, config.exclude)
     where = {linear: site.name for site in stats.sites for linear in site.linears}
+    widths = {site.name: site.width for site in stats.sites}
     shapes: dict[str, tuple[int, int]] = {}
     bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in catalogue.personas}
     for name, module in linears.items():
         if name not in where:
             continue
         weight = matrix(module)
+        if widths[where[name]] != weight.shape[1]:
+            raise UserError(f"layer {name} has {weight.shape[1]} inputs, the statistics have {widths[where[name]]}")
         shapes[name] = (weight.shape[0], weight.shape[1])
         channels: dict[str, ChannelStats] = {}
         for persona in catalogue.personas:
@@ -60,6 +64,8 @@ def build_masks(
                 config.pool,
             )
             bits[persona][name] = criterion(layer)
+    if not shapes:
+        raise UserError("the statistics are of another model: no layer of this one is in them")
     masks = PersonaMasks(shapes, bits)
     return masks, _overlaps(masks, catalogue) if config.disjoint else {}
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pipeline.cli import note
@@ -119,8 +120,16 @@ def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool
         )
     except (ValueError, TypeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    torch.set_num_threads(threads)
+    try:
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        # A forked process hands over its traceback as text; what the user can mend is its last line.
+        _, found, message = str(error).rpartition("pipeline.errors.UserError: ")
+        if not found:
+            raise
+        raise UserError(message.strip()) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def spread_threads(trainer: Any, device: torch.device) -> None:

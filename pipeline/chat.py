@@ -90,12 +90,13 @@ class Chat:
         """One column per persona on a wide terminal, one block each otherwise."""
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         from pipeline.generation import answer
 
         if not text:
             raise UserError("/compare needs a question")
-        table = Table(title=text, show_lines=True)
+        table = Table(title=Text(text), show_lines=True)
         table.add_column("persona")
         table.add_column("answer")
         for persona in (None, *self.model.personas):
@@ -108,7 +109,7 @@ class Chat:
                     temperature=self.config.temperature,
                     system=self.config.system or None,
                 )
-            table.add_row(persona or "unmasked", reply)
+            table.add_row(persona or "unmasked", Text(reply))
         Console().print(table)
 
     def _ids(self, text: str) -> Any:
@@ -121,7 +122,7 @@ class Chat:
             )
         messages = [{"role": role, "content": content} for role, content in (*self.messages, ("user", text))]
         if self.config.system:
-            messages = [{"role": "system", "content": self.config.system}, *messages]
+            messages = self.prompter.with_system(self.config.system, messages)
         rendered = self.model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return torch.tensor([self.prompter.ids(rendered)], device=device)
 

@@ -65,8 +65,7 @@ def contrastive_wanda(layer: Layer) -> Tensor:
     own, other = layer.own, _opponent(layer)
     z = scoring.contrast(own.mu, other.mu, own.variance, other.variance)
     score = scoring.contrastive_wanda(z, layer.activation, layer.temperature)
-    if layer.activation != "relu":
-        return _by_channel(layer, score)
+    # relu leaves zeros by design, softplus where it underflows: both rank on by wanda's score.
     magnitude = layer.weight.float().abs()
     return _by_scores(layer, magnitude * score, magnitude * scoring.wanda(own.mean_abs))
 

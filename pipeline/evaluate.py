@@ -120,7 +120,7 @@ def _add_random(model: Any, pair: Any, seed: int) -> dict[str, str]:
     """A random mask for each pole with the pole's own number of weights in every row, drawn independently."""
     names = {}
     for pole in (pair.plus, pair.minus):
-        names[pole] = f"random-{pole}"[:64]
+        names[pole] = f"random-{len(model.masks.personas)}-{pole}"
         model.add(model.masks.random_like(pole, 1000 * seed + len(model.masks.personas), names[pole]))
     return names
 

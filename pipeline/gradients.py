@@ -102,13 +102,14 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int) -> float:
     return float(objective.detach())
 
 
-@dataclass(frozen=True)
 class Step:
-    """One batch of one pair; ``last`` marks the pair's end, where the sums are complete."""
+    """One batch of one pair; ``last`` marks the pair's end, where the sums are complete.
 
-    pair: int
-    batch: list[WeightedAnswer]
-    last: bool
+    Not a dataclass: Lightning's precision plugins rebuild those, and these hold nothing to convert.
+    """
+
+    def __init__(self, pair: int, batch: list[WeightedAnswer], last: bool) -> None:
+        self.pair, self.batch, self.last = pair, batch, last
 
 
 class MarginData(lightning.LightningDataModule):

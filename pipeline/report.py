@@ -90,7 +90,9 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
             chosen = [own[c] for c in present if c in own]
             left.plot([100 * score(r) for r in chosen], places, "o", color=colour, label=persona)
             shifts = [r.margin_shift for r in chosen]
-            errors = [[r.margin_shift - r.ci_low for r in chosen], [r.ci_high - r.margin_shift for r in chosen]]
+            # A bootstrap interval of few items can miss the mean by a rounding error.
+            below = [max(0.0, r.margin_shift - r.ci_low) for r in chosen]
+            errors = [below, [max(0.0, r.ci_high - r.margin_shift) for r in chosen]]
             right.errorbar(shifts, places, xerr=errors, fmt="o", color=colour, capsize=3)
         _label(left, right, present, group, pair, form)
     figure.suptitle(title, fontsize=11)

@@ -39,6 +39,7 @@ def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises UserError if ``output`` holds something that is not a run, or a run without ``overwrite``.
     """
+    output = output.absolute()
     check_output(output, overwrite)
     staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:

@@ -48,7 +48,7 @@ class Prompter:
             return "\n".join(filter(None, (system, f"Question: {question}", "Answer:")))
         messages = [{"role": "user", "content": question}]
         if system:
-            messages = self._with_system(system, question)
+            messages = self.with_system(system, messages)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode(self, question: str, answer: str, system: str | None = None) -> Encoded:
@@ -74,15 +74,17 @@ class Prompter:
         """Where the question begins in its prompt: the frame may hold the same words, so look with a mark instead."""
         return self.prompt(_MARK, system).find(_MARK) if question else 0
 
-    def _with_system(self, system: str, question: str) -> list[dict[str, str]]:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    def with_system(self, system: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The messages under a system prompt; in front of the first one where the template knows no such role."""
+        whole = [{"role": "system", "content": system}, *messages]
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:
+            rendered = self.tokenizer.apply_chat_template(whole, tokenize=False)
+        except Exception:  # templates raise what they like for a role they do not know
             rendered = ""
         if system in rendered:
-            return messages
-        return [{"role": "user", "content": f"{system}\n\n{question}"}]
+            return whole
+        first, *rest = messages
+        return [first | {"content": f"{system}\n\n{first['content']}"}, *rest]
 
 
 def roles(encoded: Encoded, tokens: str) -> list[int]:
