@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     output = output.absolute()
     check_output(output, overwrite)
     staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    made = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -51,6 +52,10 @@ def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"could not write {output}: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not output.exists():
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _swap(staging: Path, output: Path) -> None:
@@ -134,6 +139,11 @@ def load_statistics(path: Path) -> ActivationStats:
     for site in sites:
         if sums[site.name].shape != (len(personas), len(FIELDS), site.width):
             raise UserError(f"{path}: sums of {site.name} have shape {list(sums[site.name].shape)}")
+    if counts.shape != (len(personas), 3):
+        raise UserError(f"{path}: counts have shape {list(counts.shape)}, expected [{len(personas)}, 3]")
+    for name, tensor in (("counts", counts), *sums.items()):
+        if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: {name} must be finite float64, got {tensor.dtype}")
     return ActivationStats(personas, sites, sums, counts)
 
 
@@ -170,8 +180,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         for shape in manifest["layers"].values():
             if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise ValueError(f"layer shape {shape}")
-        for key in ("model", "criterion", "sparsity", "personas", "options", "versions"):
-            manifest[key]
+        _check_fields(manifest)
         for persona, entry in manifest["masks"].items():
             if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
                 raise ValueError(f"size and checksum of persona {persona!r}")
@@ -180,6 +189,22 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a manifest of this tool ({type(error).__name__}: {error})") from error
     return manifest
+
+
+def _check_fields(manifest: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError unless the fields that a reader relies on have their types."""
+    kinds = {"model": dict, "criterion": str, "sparsity": dict, "personas": dict, "options": dict, "versions": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"field {key!r} is a {type(manifest[key]).__name__}")
+    if not isinstance(manifest["model"]["id"], str) or not isinstance(manifest["sparsity"]["option"], str):
+        raise ValueError("model id and sparsity option must be text")
+    fingerprints = manifest["model"]["fingerprint"]
+    if not isinstance(fingerprints, dict) or set(fingerprints) != set(manifest["layers"]):
+        raise ValueError("the model's fingerprint does not name every layer")
+    for key in ("opponents", "questions"):
+        if not isinstance(manifest["personas"][key], dict):
+            raise ValueError(f"personas.{key} is a {type(manifest['personas'][key]).__name__}")
 
 
 def load_masks(folder: Path) -> PersonaMasks:
@@ -199,7 +224,7 @@ def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int
         raise UserError(f"{path}: {error.strerror}") from error
     if size != entry["bytes"]:
         raise UserError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; the file is truncated or altered")
-    if _sha256(path) != entry["sha256"]:
+    if not path.is_file() or _sha256(path) != entry["sha256"]:
         raise UserError(f"{path}: the checksum differs from the manifest's; the file is altered")
     expected = sum(rows * math.ceil(columns / 8) for rows, columns in shapes.values())
     if size < expected:

@@ -13,7 +13,14 @@ from pipeline.masks import PersonaMasks
 from pipeline.store import load_masks, save_masks, staged_folder
 
 SHAPES = {"a": (3, 19), "b": (5, 8)}
-MANIFEST = {"model": {}, "criterion": "", "sparsity": {}, "personas": {}, "options": {}, "versions": {}}
+MANIFEST = {
+    "model": {"id": "toy", "fingerprint": {name: "0" for name in SHAPES}},
+    "criterion": "",
+    "sparsity": {"option": "0"},
+    "personas": {"opponents": {}, "questions": {}},
+    "options": {},
+    "versions": {},
+}
 
 
 def masks_of(**personas):
@@ -128,7 +135,7 @@ TAMPERED = {
     "later version": (edit(lambda m: m.update(version=2)), "reads version 1"),
     "other shape": (edit(lambda m: m["layers"].update(a=[4, 19])), "fox.safetensors"),
     "huge shape": (edit(lambda m: m["layers"].update(a=[10**12, 10**12])), "cannot hold"),
-    "missing layer": (edit(lambda m: m["layers"].pop("a")), "layers differ"),
+    "missing layer": (edit(lambda m: (m["layers"].pop("a"), m["model"]["fingerprint"].pop("a"))), "layers differ"),
     "path traversal": (edit(lambda m: m["masks"]["fox"].update(file="../fox.safetensors")), "file name"),
     "persona traversal": (edit(lambda m: m["masks"].update({"../x": m["masks"]["fox"]})), "persona name"),
 }
