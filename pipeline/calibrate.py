@@ -54,7 +54,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
     from pipeline.gradients import GradientModule, MarginData, margin_terms
-    from pipeline.loading import load_tokenizer
+    from pipeline.loading import load_tokenizer, position_limit
     from pipeline.store import STATISTICS, load_statistics, save_statistics
 
     lightning.seed_everything(config.seed, verbose=False)
@@ -69,6 +69,9 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
             if config.strict:
                 raise UserError(problem)
             note(f"left out: {problem}")
+        longest, limit = max(len(sample.encoded) for sample in samples), position_limit(config.model)
+        if limit is not None and longest > limit:
+            raise UserError(f"samples have up to {longest} tokens, the model reads {limit}: use --max-length {limit}")
         pad = tokenizer.pad_token_id
         data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
         note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")

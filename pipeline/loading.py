@@ -43,6 +43,13 @@ def load_model(model: str, dtype: torch.dtype | str = torch.float32, device: str
     return loaded.to(device).eval().requires_grad_(False)
 
 
+def position_limit(model: str) -> int | None:
+    """How many positions the model was built for, or None if its configuration does not say."""
+    from transformers import AutoConfig
+
+    return getattr(_load(AutoConfig, model), "max_position_embeddings", None)
+
+
 def pick_device(device: str) -> torch.device:
     """``auto`` is the first CUDA device, else the CPU."""
     if device == "auto":

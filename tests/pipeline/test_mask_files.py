@@ -14,7 +14,7 @@ from pipeline.store import load_masks, save_masks, staged_folder
 
 SHAPES = {"a": (3, 19), "b": (5, 8)}
 MANIFEST = {
-    "model": {"id": "toy", "fingerprint": {name: "0" for name in SHAPES}},
+    "model": {"id": "toy", "fingerprint": dict.fromkeys(SHAPES, "0")},
     "criterion": "",
     "sparsity": {"option": "0"},
     "personas": {"opponents": {}, "questions": {}},
