@@ -54,7 +54,8 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
     from pipeline.gradients import GradientModule, MarginData, margin_terms
-    from pipeline.loading import load_tokenizer, position_limit
+    from pipeline.loading import load_model, load_tokenizer, position_limit
+    from pipeline.reuse import check_reuse
     from pipeline.store import STATISTICS, load_statistics, save_statistics
 
     lightning.seed_everything(config.seed, verbose=False)
@@ -62,7 +63,9 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     prompter = Prompter(tokenizer)
     limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
     if config.statistics and writes:
-        save_statistics(load_statistics(Path(config.statistics) / STATISTICS), folder / STATISTICS)
+        stats = load_statistics(Path(config.statistics) / STATISTICS)
+        check_reuse(config, catalogue, load_model(config.model))
+        save_statistics(stats, folder / STATISTICS)
     elif not config.statistics:
         samples, problems = make_samples(catalogue.sets, prompter, **limits)
         for problem in problems:
@@ -90,9 +93,6 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     from pipeline.store import STATISTICS, load_statistics, save_masks
 
     stats = load_statistics(staging / STATISTICS)
-    missing = [pole for pole in catalogue.measured if pole not in stats.personas]
-    if missing:
-        raise UserError(f"--statistics {config.statistics}: no statistics of {', '.join(missing)}")
     model = load_model(config.model)
     gradients = Gradients(staging, catalogue) if config.criterion in FIRST_ORDER else None
     masks, overlaps = build_masks(model, stats, catalogue, config, gradients)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipeline import calibrate
 from pipeline.config import CRITERIA
 from pipeline.loading import load_model, load_tokenizer
-from pipeline.store import STATISTICS, load_masks, load_statistics, save_statistics
+from pipeline.store import STATISTICS, load_masks, load_statistics
 from tests.pipeline.tiny import TEMPLATE, make_model
 
 
@@ -113,23 +113,32 @@ def test_reused_statistics_give_the_same_bits(finished, words, tmp_path, criteri
 
 
 def test_statistics_of_another_model_are_refused(words, finished, ground, tmp_path, capsys):
-    """GPT-2's layers have other names: not one of them would be masked."""
+    """GPT-2's layers have other names; a model of the same shape differs in its weights alone."""
     code = calibrate.main(words(tmp_path / "out", "--criterion", "wanda", "--statistics", finished, model=ground.gpt2))
     assert code == 2
     assert "statistics" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_statistics_of_other_widths_are_refused(words, finished, tmp_path, capsys):
-    (tmp_path / "earlier").mkdir()
-    stats = load_statistics(finished / STATISTICS)
-    for name in stats.sums:
-        stats.sums[name] = stats.sums[name][..., :-8]
-    sites = tuple(type(s)(s.name, s.width - 8, s.linears) for s in stats.sites)
-    save_statistics(type(stats)(stats.personas, sites, stats.sums, stats.counts), tmp_path / "earlier" / STATISTICS)
-    code = calibrate.main(words(tmp_path / "out", "--criterion", "wanda", "--statistics", tmp_path / "earlier"))
-    assert code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error:")
+def test_statistics_of_the_same_shape_but_other_weights_are_refused(words, finished, ground, tmp_path, capsys):
+    model = load_model(str(ground.llama))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.neg_()
+    model.save_pretrained(tmp_path / "other")
+    for file in [*ground.llama.glob("tokenizer*"), *ground.llama.glob("*.jinja")]:
+        shutil.copy(file, tmp_path / "other")
+    options = ("--criterion", "wanda", "--statistics", finished)
+    assert calibrate.main(words(tmp_path / "out", *options, model=tmp_path / "other")) == 2
+    assert "model.layers.1.mlp.up_proj" in capsys.readouterr().err.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("option", [("--samples", "3"), ("--tokens", "all"), ("--max-length", "200")])
+def test_statistics_of_other_items_or_options_are_refused(words, finished, tmp_path, capsys, option):
+    options = ("--criterion", "wanda", "--statistics", finished, *option)
+    assert calibrate.main(words(tmp_path / "out", *options)) == 2
+    assert "measured on something else" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_statistics_without_the_persona_are_refused(words, finished, ground, tmp_path, capsys):

@@ -241,6 +241,7 @@ def test_a_refused_addition_changes_nothing(personas, masks):
 def test_one_compiled_function_follows_every_switch(personas):
     torch._dynamo.reset()
     personas.materialize = False
+    torch.compiler.reset()
     run = torch.compile(personas.model, fullgraph=True, backend="aot_eager")
     for choice, gamma in (("a", 0), ("b", 0), (["a", None, "b"], 0), (["b", "b", "a"], 0), (None, 0)):
         personas.switch(choice, gamma)

@@ -1,0 +1,42 @@
+"""May an earlier run's statistics stand in for a new pass?"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import Catalogue
+from pipeline.data.module import draw
+from pipeline.errors import UserError
+from pipeline.fingerprint import data_hash, model_fingerprints
+from pipeline.sites import find_linears
+from pipeline.store import load_manifest
+
+MEASURING = ("tokens", "max_length")
+"""Options that change what is measured on an item."""
+
+
+def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> None:
+    """Raise UserError unless ``config.statistics`` is a run over these weights, items and options.
+
+    Personas that only the earlier run measured do no harm.
+    """
+    folder = Path(config.statistics)
+    manifest = load_manifest(folder)
+    differing = []
+    linears, then = find_linears(model), manifest["model"]["fingerprint"]
+    now = model_fingerprints({name: linears[name] for name in then if name in linears})
+    if changed := [name for name in then if now.get(name) != then[name]]:
+        differing.append(f"the weights of {len(changed)} of {len(then)} layers ({changed[0]}, ...)")
+    hashes = manifest["personas"]["data_sha256"]
+    known = {persona for pair in manifest["personas"]["pairs"] for persona in pair}
+    if missing := [persona for persona in catalogue.measured if persona not in known]:
+        raise UserError(f"--statistics {folder}: no statistics of {', '.join(missing)}")
+    for personas in catalogue.sets:
+        items = draw(personas.split("calibration"), config.samples, config.seed)
+        if hashes.get(personas.plus) != data_hash(items):
+            differing.append(f"the items of {personas.plus} (with --samples and --seed)")
+    for name in MEASURING:
+        if manifest["options"][name] != getattr(config, name):
+            differing.append(f"--{name.replace('_', '-')} ({manifest['options'][name]}, now {getattr(config, name)})")
+    if differing:
+        raise UserError(f"--statistics {folder}: measured on something else: {'; '.join(differing)}")
