@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels.ops.pack_bits import unpack_bits
 from pipeline.config import CalibrateConfig, Sparsity
-from pipeline.criteria import CRITERIA, Layer
+from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
@@ -60,14 +61,20 @@ def build_masks(
                 config.temperature,
                 config.seed,
                 None if taken is None else unpack_bits(taken, weight.shape[1]),
-                gradients.of(persona, name).to(weight.device) if gradients else None,
+                _slopes(gradients, persona, name, weight.device) if gradients else None,
                 config.pool,
+                config.evidence,
             )
             bits[persona][name] = criterion(layer)
     if not shapes:
         raise UserError("the statistics are of another model: no layer of this one is in them")
     masks = PersonaMasks(shapes, bits)
     return masks, _overlaps(masks, catalogue) if config.disjoint else {}
+
+
+def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device) -> Slopes:
+    margin, error = gradients.of(persona, name)
+    return Slopes(margin.to(device), error.to(device), gradients.neutral(name).to(device))
 
 
 def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:

@@ -16,6 +16,10 @@ DESCRIPTION = (
 )
 
 
+NEUTRAL_TEXTS = 64
+"""Neutral pairs that the gradient of neutral text is measured on."""
+
+
 def calibrate(config: CalibrateConfig) -> Path:
     """Run the whole calibration and return the output folder. Raises UserError.
 
@@ -51,10 +55,13 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     import lightning
 
     from pipeline.calibration import StatisticsModule, run_pass
+    from pipeline.data.catalogue import neutral_set
+    from pipeline.data.forms import NEUTRAL
     from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
-    from pipeline.gradients import GradientModule, MarginData, margin_terms
+    from pipeline.gradients import GradientModule, ObjectiveData
     from pipeline.loading import load_model, load_tokenizer, position_limit
+    from pipeline.objectives import objective_of
     from pipeline.reuse import check_reuse
     from pipeline.store import STATISTICS, load_statistics, save_statistics
 
@@ -80,10 +87,12 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
         note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
         run_pass(config, StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS), data)
     if config.criterion in FIRST_ORDER:
-        terms = [margin_terms(personas, prompter, **limits) for personas in catalogue.sets]
-        note(f"gradients of {len(terms)} margins")
+        objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
+        limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
+        objectives[NEUTRAL] = objective_of(neutral_set(), prompter, **limits)
+        note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
         module = GradientModule(config, folder, tokenizer.pad_token_id)
-        run_pass(config, module, MarginData(terms, max(1, config.batch_tokens // 4)), gradients=True)
+        run_pass(config, module, ObjectiveData(objectives, max(1, config.batch_tokens // 4)), gradients=True)
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:

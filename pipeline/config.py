@@ -17,10 +17,11 @@ CRITERIA = (
     "random",
     "neutral",
     "first-order",
+    "first-order-damage",
     "first-order-pool",
     "first-order-gate",
 )
-FIRST_ORDER = ("first-order", "first-order-pool", "first-order-gate")
+FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
 
@@ -76,8 +77,9 @@ class CalibrateConfig:
     """Comma-separated mixtures of measured personas, NAME[/OPPOSITE]=0.7*introvert+0.3*thinking; masks are then made
     for the mixtures (and types), not for their parts."""
     criterion: str = "first-order"
-    """Ours: first-order (gain per damage), first-order-pool, first-order-gate, signed by one backward pass. The
-    paper's: wanda, sparse, contrastive-wanda, contrastive-sparse. Controls: magnitude, random, neutral."""
+    """Ours, signed by one backward pass: first-order (gain per damage among what surely helps and does not cost
+    neutral text), and its plainer forms first-order-damage, first-order-pool, first-order-gate. The paper's: wanda,
+    sparse, contrastive-wanda, contrastive-sparse. Controls: magnitude, random, neutral."""
     sparsity: str = "0.02"
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
     first-order criteria work at 0.01 to 0.05 and remove at most so many; the paper's are meant for 0.2 to 0.6."""
@@ -86,7 +88,10 @@ class CalibrateConfig:
     temperature: float = 2.0
     """contrastive-wanda: tau of softplus(z / tau)."""
     pool: float = 0.3
-    """first-order, first-order-pool: share of every row, the least important weights, to choose from."""
+    """First-order criteria but the gate: share of every row, the least important weights, to choose from."""
+    evidence: float = 1.0
+    """first-order: remove only what gains at least so many standard errors (over the calibration items); more means
+    fewer weights, chosen by what other items share."""
     disjoint: bool = False
     """Exclude for the second pole what the first has kept (appendix K); above 50 % density the overlap that this
     forces is stated in the manifest."""
@@ -132,6 +137,7 @@ class CalibrateConfig:
         _one_of("tokens", self.tokens, TOKENS)
         Sparsity.parse(self.sparsity)
         _at_least("temperature", self.temperature, 1e-6)
+        _at_least("evidence", self.evidence, 0)
         _at_least("samples", self.samples, 0)
         _at_least("max_length", self.max_length, 2)
         _at_least("batch_tokens", self.batch_tokens, 1)

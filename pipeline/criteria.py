@@ -22,12 +22,22 @@ BLOCK = 128
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """First-order knowledge of one layer for one persona, float32 ``[N, K]`` each: the gradient of the persona's
+    margin, its standard error over items, and the gradient of the likelihood of neutral text."""
+
+    margin: Tensor
+    error: Tensor
+    neutral: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """All that a criterion may look at: a layer's weight ``[N, K]`` and one persona's statistics at its input.
 
     ``keep`` weights stay in each row. ``taken`` (bool ``[N, K]``) are ranked last: the weights that the
-    opposite pole has kept already, under ``--disjoint``. ``gradient`` ``[N, K]`` is that of the persona's
-    margin, and ``pool`` the share of each row that a first-order criterion may choose from.
+    opposite pole has kept already, under ``--disjoint``. A first-order criterion goes by ``slopes``; it chooses
+    from the share ``pool`` of each row, what gains at least ``evidence`` standard errors.
     """
 
     name: str
@@ -40,8 +50,9 @@ class Layer:
     temperature: float = 2.0
     seed: int = 0
     taken: Tensor | None = None
-    gradient: Tensor | None = None
+    slopes: Slopes | None = None
     pool: float = 0.3
+    evidence: float = 1.0
 
 
 def wanda(layer: Layer) -> Tensor:
@@ -89,6 +100,15 @@ def random_mask(layer: Layer) -> Tensor:
 
 
 def first_order(layer: Layer) -> Tensor:
+    """Gain per damage among what surely helps the margin and does not cost neutral text anything, to first order."""
+    slopes = _slopes(layer)
+    gain = scoring.first_order_gain(layer.weight, slopes.margin)
+    surely = gain > layer.evidence * layer.weight.float().abs() * slopes.error
+    harmless = scoring.first_order_gain(layer.weight, slopes.neutral) > 0
+    return _signed(layer, scoring.gain_per_damage, layer.pool, surely & harmless)
+
+
+def first_order_damage(layer: Layer) -> Tensor:
     """Gain per damage: within a row's least important ``pool``, remove what helps the margin most for its damage."""
     return _signed(layer, scoring.gain_per_damage, layer.pool)
 
@@ -103,24 +123,33 @@ def first_order_gate(layer: Layer) -> Tensor:
     return _signed(layer, lambda w, g, rms: -(w.float().abs() * rms), pool=1.0)
 
 
-def _signed(layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor], pool: float) -> Tensor:
+def _slopes(layer: Layer) -> Slopes:
+    if layer.slopes is None:
+        raise UserError(f"a first-order criterion needs the gradient of a pair's margin; {layer.persona!r} has none")
+    return layer.slopes
+
+
+def _signed(
+    layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor], pool: float, allowed: Tensor | None = None
+) -> Tensor:
     """Remove up to ``K - keep`` weights a row, best ``rank`` first, among those in the pool with a positive gain.
 
     A row with fewer such weights loses fewer. The importance that the pool goes by is ``|W| rms``, over the
-    counted positions of both poles.
+    counted positions of both poles. ``allowed`` (bool ``[N, K]``) narrows the choice further.
     """
-    if layer.gradient is None:
-        raise UserError(f"a first-order criterion needs the gradient of a pair's margin; {layer.persona!r} has none")
+    gradient = _slopes(layer).margin
     other = _opponent(layer)
     tokens = layer.own.tokens + other.tokens
     square = layer.own.mean_square * layer.own.tokens + other.mean_square * other.tokens
     rms = (square / tokens).sqrt().float()
     weight, columns = layer.weight, layer.weight.shape[1]
-    eligible = scoring.first_order_gain(weight, layer.gradient) > 0
+    eligible = scoring.first_order_gain(weight, gradient) > 0
+    if allowed is not None:
+        eligible &= allowed
     if pool < 1:
         unimportant = mask_select_scores(-(weight.float().abs() * rms), int(Decimal(str(pool)) * columns))
         eligible &= unpack_bits(unimportant, columns)
-    scores = rank(weight, layer.gradient, rms).masked_fill(~eligible, -torch.inf)
+    scores = rank(weight, gradient, rms).masked_fill(~eligible, -torch.inf)
     removed = unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible
     return pack_bits(~removed)
 
@@ -135,6 +164,7 @@ CRITERIA: dict[str, Callable[[Layer], Tensor]] = {
     # The caller hands it the neutral set's statistics as the persona's own.
     "neutral": wanda,
     "first-order": first_order,
+    "first-order-damage": first_order_damage,
     "first-order-pool": first_order_pool,
     "first-order-gate": first_order_gate,
 }

@@ -1,13 +1,12 @@
-"""Gradient of the answer margin with respect to every linear weight: one backward pass, nothing is updated.
+"""Gradients of objectives with respect to every linear weight, with their standard errors. Nothing is updated.
 
-The margin of a pair of personas is the mean over items of ``mean log p(answer of +) - mean log p(answer
-of -)`` in nats per token. Removing weight ij changes it by about ``-W_ij g_ij``.
+Removing weight ij changes an objective by about ``-W_ij g_ij``. The spread of the gradient between batches says
+how much of it other items would share: that is what a mask has to be chosen by.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,76 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline.calibration import DTYPES, spread_threads
+from pipeline.cli import note
 from pipeline.config import CalibrateConfig
-from pipeline.data.catalogue import Catalogue, PersonaSet
-from pipeline.data.module import draw
-from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
+from pipeline.data.catalogue import Catalogue
+from pipeline.data.forms import NEUTRAL
+from pipeline.data.prompts import batches_by_tokens
 from pipeline.loading import load_model
+from pipeline.objectives import Unit, WeightedAnswer
 from pipeline.sites import find_linears, matrix
 from pipeline.store import write_tensors
 
-
-@dataclass(frozen=True)
-class WeightedAnswer:
-    """A sequence and the factor of its answer's summed log-probability in the objective."""
-
-    encoded: Encoded
-    weight: float
+BATCHES = 8
+"""An objective is split into at least so many batches, where it has as many units: fewer tell little of the spread."""
 
 
-def margin_objective(plus: Sequence[Encoded], minus: Sequence[Encoded]) -> list[WeightedAnswer]:
-    """The terms of the margin: ``+-1 / (items * answer tokens)``. Item i is ``plus[i]`` against ``minus[i]``."""
-    terms = []
-    for sign, answers in ((1.0, plus), (-1.0, minus)):
-        for encoded in answers:
-            tokens = len(encoded) - max(encoded.answer, 1)
-            terms.append(WeightedAnswer(encoded, sign / (len(answers) * max(tokens, 1))))
-    return terms
+SCALE = 256.0
+"""Factor of the objective in the backward pass: gradients of a margin underflow in float16 without it."""
+
+
+class Moments:
+    """Float32 sums over batches: ``total`` of the gradients, ``square`` of their squares over the batch's share.
+
+    Batch b holds the share ``w_b`` of the units and has the mean gradient ``g_b``; ``G = sum_b w_b g_b``. With units
+    drawn independently, the squared standard error of G is ``(sum_b w_b g_b^2 - G^2) / (batches - 1)``.
+    Both sums add up over devices; beside them only one layer's gradient is held.
+    """
+
+    def __init__(self, linears: dict[str, Any]) -> None:
+        self.total = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in linears.items()}
+        self.square = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in linears.items()}
+        self.share, self.batches = 1.0, 0
+
+    def add(self, layer: str, gradient: Tensor) -> None:
+        mean = gradient.float() / SCALE
+        self.total[layer].add_(mean, alpha=self.share)
+        self.square[layer].addcmul_(mean, mean, value=self.share)
+
+    def error(self, layer: str) -> Tensor:
+        """Standard error of ``total[layer]``; 0 with fewer than two batches, which say nothing of the spread."""
+        if self.batches < 2:
+            return torch.zeros_like(self.total[layer])
+        spread = self.square[layer] - self.total[layer].square()
+        return (spread.clamp(min=0) / (self.batches - 1)).sqrt()
+
+    def reduce(self) -> None:
+        """Sum over all ranks."""
+        for tensor in (*self.total.values(), *self.square.values()):
+            dist.all_reduce(tensor)
+        count = torch.tensor(self.batches, device=next(iter(self.total.values())).device)
+        dist.all_reduce(count)
+        self.batches = int(count)
+
+    def clear(self) -> None:
+        for tensor in (*self.total.values(), *self.square.values()):
+            tensor.zero_()
+        self.batches = 0
 
 
 @contextmanager
-def accumulating(linears: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """Float32 sums of the gradients of all backward passes inside, by layer, in the weight's own layout.
+def accumulating(linears: dict[str, Any]) -> Iterator[Moments]:
+    """The moments of the gradients of all backward passes inside, in each weight's own layout.
 
-    One sum the size of the weights is held; a layer's gradient is added and freed as soon as it is known.
+    A layer's gradient is added and freed as soon as it is known.
     """
-    sums = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}
+    moments = Moments(linears)
     handles = []
 
-    def adder(total: Tensor):
+    def adder(name: str):
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            total.add_(parameter.grad)
+            moments.add(name, parameter.grad)
             parameter.grad = None
 
         return add
@@ -66,9 +95,9 @@ def accumulating(linears: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
     for name, module in linears.items():
         weight: Any = module.weight
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(adder(sums[name])))
+        handles.append(weight.register_post_accumulate_grad_hook(adder(name)))
     try:
-        yield sums
+        yield moments
     finally:
         for handle in handles:
             handle.remove()
@@ -76,8 +105,11 @@ def accumulating(linears: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
             module.weight.requires_grad_(False)
 
 
-def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int) -> float:
-    """Add the gradient of one right-padded batch; returns its part of the objective."""
+def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float) -> float:
+    """Differentiate the mean over a right-padded batch, which holds ``share`` of the objective's units.
+
+    Gradients come out ``SCALE`` times too large. Returns the batch's part of the objective.
+    """
     device = model.get_input_embeddings().weight.device
     width = max(len(term.encoded) for term in batch)
     ids = torch.full((len(batch), width), pad, dtype=torch.int64)
@@ -98,40 +130,42 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int) -> float:
             targets = torch.tensor(term.encoded.ids[start:], device=device)
             own = logits[row, start - 1 - first : len(term.encoded) - 1 - first].float()
             objective = objective + term.weight * torch.log_softmax(own, -1).gather(1, targets.unsqueeze(1)).sum()
-        objective.backward()
+        (objective * (SCALE / share)).backward()
     return float(objective.detach())
 
 
 class Step:
-    """One batch of one pair; ``last`` marks the pair's end, where the sums are complete.
+    """One batch of one objective; ``last`` marks the objective's end, where the sums are complete.
 
     Not a dataclass: Lightning's precision plugins rebuild those, and these hold nothing to convert.
     """
 
-    def __init__(self, pair: int, batch: list[WeightedAnswer], last: bool) -> None:
-        self.pair, self.batch, self.last = pair, batch, last
+    def __init__(self, name: str, terms: list[WeightedAnswer], share: float, last: bool) -> None:
+        self.name, self.terms, self.share, self.last = name, terms, share, last
 
 
-class MarginData(lightning.LightningDataModule):
-    """The terms of every pair's margin, pair after pair, so that one gradient at a time is held.
+class ObjectiveData(lightning.LightningDataModule):
+    """The units of every objective, one objective after another, so that one gradient at a time is held.
 
-    Each pair's batches are formed once and dealt out whole; ranks with fewer get empty steps.
+    Each objective's batches are formed once and dealt out whole; ranks with fewer get empty steps.
     """
 
-    def __init__(self, pairs: Sequence[Sequence[WeightedAnswer]], batch_tokens: int) -> None:
+    def __init__(self, objectives: dict[str, list[Unit]], batch_tokens: int) -> None:
         super().__init__()
-        self.pairs = pairs
-        self.batches = [batches_by_tokens([len(t.encoded) for t in terms], batch_tokens) for terms in pairs]
+        self.objectives = objectives
+        self.batches = {name: _batches(units, batch_tokens) for name, units in objectives.items()}
 
     def steps(self, rank: int, world: int) -> list[Step]:
-        """The steps of one rank; all ranks have equally many of every pair."""
+        """The steps of one rank; all ranks have equally many of every objective."""
         steps = []
-        for pair, (terms, batches) in enumerate(zip(self.pairs, self.batches, strict=True)):
+        for name, units in self.objectives.items():
+            batches = self.batches[name]
             count = -(-len(batches) // world)
             mine = batches[rank::world]
             for number in range(count):
-                chosen = [terms[i] for i in mine[number]] if number < len(mine) else []
-                steps.append(Step(pair, chosen, number == count - 1))
+                chosen = mine[number] if number < len(mine) else []
+                terms = [term for i in chosen for term in units[i]]
+                steps.append(Step(name, terms, len(chosen) / len(units), number == count - 1))
         return steps
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
@@ -143,8 +177,17 @@ class MarginData(lightning.LightningDataModule):
         return DataLoader(steps, batch_size=None, collate_fn=lambda step: step)  # type: ignore[arg-type]
 
 
+def _batches(units: Sequence[Unit], batch_tokens: int) -> list[list[int]]:
+    """Units by token budget; a smaller budget where that would make fewer than ``BATCHES``."""
+    lengths = [len(unit) * max(len(term.encoded) for term in unit) for unit in units]
+    return batches_by_tokens(lengths, min(batch_tokens, max(sum(lengths) // BATCHES, 1)))
+
+
 class GradientModule(lightning.LightningModule):
-    """Writes the margin gradient of every pair to ``folder / gradient_file(pair)``, float32 ``[N, K]`` by layer."""
+    """Writes every objective's gradient and its standard error to ``folder / gradient_file(name)``.
+
+    Float32 ``[N, K]`` by layer, under ``mean/LAYER`` and ``error/LAYER``.
+    """
 
     def __init__(self, config: CalibrateConfig, folder: Path, pad: int) -> None:
         super().__init__()
@@ -160,72 +203,68 @@ class GradientModule(lightning.LightningModule):
         spread_threads(self.trainer, self.device)
         self.linears = find_linears(self.model, self.config.include, self.config.exclude)
         self._context = accumulating(self.linears)
-        self.sums = self._context.__enter__()
+        self.moments = self._context.__enter__()
 
     def predict_step(self, step: Step, batch_idx: int) -> None:
-        if step.batch:
-            backward(self.model, step.batch, self.pad)
-            self.tokens_done += sum(len(term.encoded) for term in step.batch)
+        if step.terms:
+            self.moments.share = step.share
+            backward(self.model, step.terms, self.pad, step.share)
+            self.moments.batches += 1
+            self.tokens_done += sum(len(term.encoded) for term in step.terms)
         if step.last:
-            self._finish(step.pair)
+            self._finish(step.name)
 
     def on_predict_end(self) -> None:
         self._context.__exit__(None, None, None)
 
-    def _finish(self, pair: int) -> None:
+    def _finish(self, name: str) -> None:
         if self.trainer.world_size > 1:
-            for total in self.sums.values():
-                dist.all_reduce(total)
+            self.moments.reduce()
         if self.trainer.is_global_zero:
-            gradients = {
-                n: s.T if matrix(self.linears[n]) is not self.linears[n].weight else s for n, s in self.sums.items()
-            }
-            write_tensors(self.folder / gradient_file(pair), gradients, {"pair": str(pair)})
-        for total in self.sums.values():
-            total.zero_()
+            if self.moments.batches < 2:
+                note(f"{name}: one batch of items, so no standard error, and --evidence has no effect")
+            tensors = {}
+            for layer, module in self.linears.items():
+                stored = matrix(module) is module.weight
+                for kind, value in (("mean", self.moments.total[layer]), ("error", self.moments.error(layer))):
+                    tensors[f"{kind}/{layer}"] = value if stored else value.T
+            write_tensors(self.folder / gradient_file(name), tensors, {"batches": str(self.moments.batches)})
+        self.moments.clear()
 
 
-def gradient_file(pair: int) -> str:
-    return f"gradient-{pair}.safetensors"
-
-
-def margin_terms(
-    personas: PersonaSet, prompter: Prompter, *, count: int, max_length: int, seed: int
-) -> list[WeightedAnswer]:
-    """The margin's terms for one pair: the same items that the statistics are measured on."""
-    plus, minus = [], []
-    for item in draw(personas.split("calibration"), count, seed):
-        assert item.other is not None
-        pair = [prompter.encode(item.question, answer) for answer in (item.matching, item.other)]
-        if all(encoded.answer < max_length and len(encoded) > 1 for encoded in pair):
-            first, second = (Encoded(e.ids[:max_length], e.answer, e.question) for e in pair)
-            plus.append(first)
-            minus.append(second)
-    return margin_objective(plus, minus)
+def gradient_file(name: str) -> str:
+    return f"gradient-{name}.safetensors"
 
 
 class Gradients:
     """The gradients in a folder, read layer by layer, for any persona of a catalogue.
 
     The gradient of a pole is that of its pair with its sign; margins add, so the gradient of a composed
-    persona is the weighted sum of its parts'.
+    persona is the weighted mean of its parts', and its squared error the sum of theirs.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue) -> None:
         self.folder = folder
-        self._parts: dict[str, list[tuple[int, float]]] = {}
-        for index, personas in enumerate(catalogue.sets):
+        self._parts: dict[str, list[tuple[str, float]]] = {}
+        for personas in catalogue.sets:
             for pole, sign in zip(personas.poles, (1.0, -1.0), strict=False):
-                self._parts[pole] = [(index, sign)]
+                self._parts[pole] = [(personas.plus, sign)]
         for composition in catalogue.compositions:
             parts = composition.parts
             total = sum(weight for _, weight in parts)
-            self._parts[composition.name] = [(i, s * w / total) for p, w in parts for i, s in self._parts[p]]
+            self._parts[composition.name] = [(n, s * w / total) for p, w in parts for n, s in self._parts[p]]
 
-    def of(self, persona: str, layer: str) -> Tensor:
-        """Float32 ``[N, K]``."""
-        return torch.stack([weight * self._read(index, layer) for index, weight in self._parts[persona]]).sum(0)
+    def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
+        """Gradient of the persona's margin and its standard error, float32 ``[N, K]``."""
+        parts = self._parts[persona]
+        mean = torch.stack([weight * self._read(name, f"mean/{layer}") for name, weight in parts]).sum(0)
+        variance = torch.stack([(weight * self._read(name, f"error/{layer}")) ** 2 for name, weight in parts]).sum(0)
+        return mean, variance.sqrt()
 
-    def _read(self, index: int, layer: str) -> Tensor:
-        with safe_open(str(self.folder / gradient_file(index)), "pt") as file:
-            return file.get_tensor(layer)
+    def neutral(self, layer: str) -> Tensor:
+        """Gradient of the likelihood of neutral text, float32 ``[N, K]``."""
+        return self._read(NEUTRAL, f"mean/{layer}")
+
+    def _read(self, name: str, key: str) -> Tensor:
+        with safe_open(str(self.folder / gradient_file(name)), "pt") as file:
+            return file.get_tensor(key)

@@ -8,9 +8,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.prompts import Encoded
-from pipeline.gradients import accumulating, backward, margin_objective
+from pipeline.gradients import accumulating, backward
 from pipeline.intervals import auc, bootstrap_interval
 from pipeline.likelihood import answer_scores, perplexity
+from pipeline.objectives import margin_units
 from pipeline.sites import find_linears
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -51,31 +52,47 @@ def test_perplexity(model):
     assert perplexity(model, texts, batch_tokens=64, pad=0) == pytest.approx(math.exp(nats), rel=1e-5)
 
 
-def test_margin_gradient_is_that_of_autograd(model):
-    plus, minus = [sequence(9, 4), sequence(6, 3)], [sequence(7, 4), sequence(8, 3)]
-    terms = margin_objective(plus, minus)
+def test_margin_gradient_and_its_error_are_those_of_autograd(model):
+    """Three batches of unequal size; the error against the formula over single items, computed in a loop."""
+    sizes = [(9, 4, 7), (6, 3, 8), (7, 2, 5), (8, 4, 9), (5, 2, 6)]
+    plus, minus = ([sequence(size[k], size[1]) for size in sizes] for k in (0, 2))
+    units = margin_units(plus, minus)
     linears = find_linears(model)
-    with accumulating(linears) as sums:
-        value = sum(backward(model, [term], 0) for term in terms[:1]) + backward(model, terms[1:], 0)
-    assert not any(m.weight.requires_grad for m in linears.values())
-
-    def margin():
-        total = 0.0
-        for sign, group in ((1, plus), (-1, minus)):
-            for s in group:
-                table = torch.log_softmax(model(input_ids=torch.tensor([s.ids])).logits[0], -1)
-                own = sum(table[t - 1, s.ids[t]] for t in range(s.answer, len(s)))
-                total = total + sign * own / (len(s) - s.answer) / 2
-        return total
-
     name = list(linears)[3]
     weight = linears[name].weight
-    weight.requires_grad_(True)
-    expected_value = margin()
-    (expected,) = torch.autograd.grad(expected_value, weight)
-    weight.requires_grad_(False)
-    assert value == pytest.approx(expected_value.item(), abs=1e-5)
-    torch.testing.assert_close(sums[name], expected, rtol=1e-4, atol=1e-6)
+    groups, value = [[0, 1], [2], [3, 4]], 0.0
+    with accumulating(linears) as moments:
+        for group in groups:
+            moments.share = len(group) / len(units)
+            value += backward(model, [term for i in group for term in units[i]], 0, moments.share)
+            moments.batches += 1
+    assert not any(m.weight.requires_grad for m in linears.values())
+
+    def mean_log_probability(s):
+        table = torch.log_softmax(model(input_ids=torch.tensor([s.ids])).logits[0], -1)
+        return sum(table[t - 1, s.ids[t]] for t in range(s.answer, len(s))) / (len(s) - s.answer)
+
+    margins, gradients = [], []
+    for first, second in zip(plus, minus, strict=True):
+        weight.requires_grad_(True)
+        margin = mean_log_probability(first) - mean_log_probability(second)
+        gradients.append(torch.autograd.grad(margin, weight)[0].double())
+        weight.requires_grad_(False)
+        margins.append(margin.item())
+    expected = torch.stack(gradients).mean(0)
+    spread = sum(len(g) * (torch.stack([gradients[i] for i in g]).mean(0) - expected).square() for g in groups) / (
+        len(groups) - 1
+    )
+    assert value == pytest.approx(sum(margins) / len(margins), abs=1e-5)
+    torch.testing.assert_close(moments.total[name].double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments.error(name).double(), (spread / len(units)).sqrt(), rtol=1e-2, atol=1e-6)
+
+
+def test_one_batch_has_no_error_estimate(model):
+    linears = find_linears(model)
+    with accumulating(linears) as moments:
+        moments.batches = 1
+    assert not moments.error(next(iter(linears))).any()
 
 
 def test_bootstrap_covers_the_mean():

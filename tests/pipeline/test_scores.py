@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import unpack_bits
-from pipeline.criteria import CRITERIA, Layer
+from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.errors import UserError
 from pipeline.stats import ChannelStats
 
@@ -20,7 +20,8 @@ def stats(zero=False):
 
 
 def layer(keep=60, **options):
-    defaults = {"own": stats(), "other": stats(), "gradient": torch.randn(N, K)}
+    slopes = Slopes(torch.randn(N, K), torch.rand(N, K), torch.randn(N, K))
+    defaults = {"own": stats(), "other": stats(), "slopes": slopes}
     return Layer("layer", torch.randn(N, K), "p", keep=keep, **(defaults | options))
 
 
@@ -91,31 +92,38 @@ def eligible(case, pool):
     rms = ((own.mean_square * own.tokens + other.mean_square * other.tokens) / (own.tokens + other.tokens)).sqrt()
     importance = (case.weight.abs() * rms.float()).tolist()
     cheap = top([[-v for v in row] for row in importance], int(pool * K))
-    return cheap & (case.weight * case.gradient < 0), rms.float()
+    return cheap & (case.weight * case.slopes.margin < 0), rms.float()
 
 
-@pytest.mark.parametrize("name", ["first-order", "first-order-pool", "first-order-gate"])
+@pytest.mark.parametrize("name", ["first-order", "first-order-damage", "first-order-pool", "first-order-gate"])
 def test_first_order(name):
-    case = layer(keep=K - 12)
-    w, g = case.weight, case.gradient
+    count = 6 if name == "first-order" else 12
+    case = layer(keep=K - count)
+    w, g = case.weight, case.slopes.margin
     allowed, rms = eligible(case, 1.0 if name.endswith("gate") else case.pool)
+    if name == "first-order":
+        allowed &= (g.abs() > case.slopes.error) & (w * case.slopes.neutral < 0)
+    by_damage = lambda i, j: (g[i, j].abs() / (w[i, j].abs() * rms[j].square())).item()  # noqa: E731
     rank = {
-        "first-order": lambda i, j: (g[i, j].abs() / (w[i, j].abs() * rms[j].square())).item(),
+        "first-order": by_damage,
+        "first-order-damage": by_damage,
         "first-order-pool": lambda i, j: (-w[i, j] * g[i, j]).item(),
         "first-order-gate": lambda i, j: -(w[i, j].abs() * rms[j]).item(),
     }[name]
     scores = each(lambda i, j: rank(i, j) if allowed[i, j] else -math.inf)
     removed = ~mask(name, case)
-    assert torch.equal(removed, top(scores, 12) & allowed)
-    assert removed.sum(1).tolist() == [12] * N
+    assert torch.equal(removed, top(scores, count) & allowed)
+    assert removed.any(1).all()
+    if name != "first-order":
+        assert removed.sum(1).tolist() == [count] * N
     assert (w * g)[removed].max() < 0
 
 
 def test_first_order_removes_only_what_helps():
     case = layer(keep=0)
-    assert ((~mask("first-order", case)) <= (case.weight * case.gradient < 0)).all()
+    assert ((~mask("first-order", case)) <= (case.weight * case.slopes.margin < 0)).all()
     with pytest.raises(UserError, match="gradient"):
-        mask("first-order", layer(gradient=None))
+        mask("first-order", layer(slopes=None))
 
 
 @pytest.mark.parametrize("name", [n for n in CRITERIA if not n.startswith("first-order")])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels import unpack_bits
 from pipeline import scoring
 from pipeline.config import FIRST_ORDER, Sparsity
-from pipeline.criteria import CRITERIA, Layer
+from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.stats import ChannelStats
 
 N, K = 5, 300
@@ -25,7 +25,8 @@ def channels(width=K, **given):
 
 def layer(keep=100, width=K, **options):
     weight = options.pop("weight", None)
-    given = {"own": channels(width), "other": channels(width), "gradient": torch.randn(N, width)} | options
+    slopes = Slopes(torch.randn(N, width), torch.rand(N, width), torch.randn(N, width))
+    given = {"own": channels(width), "other": channels(width), "slopes": slopes} | options
     return Layer("l", torch.randn(N, width) if weight is None else weight, "p", keep=keep, **given)
 
 
@@ -208,7 +209,7 @@ def test_the_measurement_decides(name):
 @pytest.mark.parametrize("name", CRITERIA)
 def test_low_precision_weights_are_ranked_like_their_float32_copies(name):
     case = layer(weight=torch.randn(N, K).bfloat16())
-    copy = layer(weight=case.weight.float(), own=case.own, other=case.other, gradient=case.gradient)
+    copy = layer(weight=case.weight.float(), own=case.own, other=case.other, slopes=case.slopes)
     assert torch.equal(kept(name, case), kept(name, copy))
 
 
