@@ -30,7 +30,7 @@ def _load_keys(
     score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row, start, K,
     FUSED: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``[BLOCK]`` of one row's columns from ``start`` on, 0 past the row's end, and whether one is NaN or +infinity.
+    """Keys ``[BLOCK]`` of a row's columns from ``start`` on, 0 past its end; and whether one is NaN or +infinity.
 
     ``FUSED``: the score is ``|W| a``, a float32 product rounded once. ``KEY`` uint64: a tiebreak follows the score.
     """
@@ -42,7 +42,7 @@ def _load_keys(
     # NaN is not below infinity.
     bad = ~(score < float("inf"))
     key = _ordered(score).to(KEY)
-    if KEY == tl.uint64:
+    if tl.uint64 == KEY:
         tiebreak = tl.load(tiebreak_ptr + row * stride_tn + columns * stride_tk, inside, 0)
         bad |= ~(tiebreak < float("inf"))
         key = (key << 32) | _ordered(tiebreak).to(KEY)
@@ -100,7 +100,7 @@ def _streamed_kernel(
     score_ptr, channel_ptr, tiebreak_ptr, bits_ptr, bad_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk,
     K, keep, FUSED: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As ``_resident_kernel`` for rows that registers cannot hold: they are read again, from the cache, for every bit."""
+    """As ``_resident_kernel``, for rows that registers cannot hold: read again, from the cache, for every bit."""
     row = tl.program_id(0).to(tl.int64)
     bits_ptr += row * tl.cdiv(K, 8)
     threshold = tl.full((), 0, KEY)
@@ -113,8 +113,8 @@ def _streamed_kernel(
         count = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, K, BLOCK):
             key, _ = _load_keys(
-                score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row, start, K,
-                FUSED, KEY, BLOCK,
+                score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row,
+                start, K, FUSED, KEY, BLOCK,
             )  # fmt: skip
             count += (key >= candidate).to(tl.int32)
         total = tl.sum(count)
@@ -172,8 +172,9 @@ def _select(scores: Tensor, channel: Tensor | None, tiebreak: Tensor | None, kee
     kernel = _resident_kernel if block >= columns else _streamed_kernel
     with torch.cuda.device_of(scores):
         kernel[(rows,)](
-            scores, channel, tiebreak, bits, bad, *scores.stride(), *(channel.stride() if channel is not None else (0,)),
-            *(tiebreak.stride() if tiebreak is not None else (0, 0)), columns, keep,
+            scores, channel, tiebreak, bits, bad, *scores.stride(),
+            *((0,) if channel is None else channel.stride()), *((0, 0) if tiebreak is None else tiebreak.stride()),
+            columns, keep,
             FUSED=channel is not None, KEY=tl.uint32 if tiebreak is None else tl.uint64, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return bits, bool(bad.item())
