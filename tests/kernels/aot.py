@@ -13,7 +13,6 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = (80, 90, 100)
-_TYPE = re.compile(r"^(\*?)([a-z]+\d+|i1)$")
 
 
 @dataclass(frozen=True)
@@ -28,32 +27,25 @@ class Usage:
 
     def widest_load(self) -> int:
         """Bytes that a thread's widest load from global memory fetches at once."""
-        bits = [re.search(r"\.(64|128)", load) for load in re.findall(r"LDG(\.[A-Z0-9.]+)", self.sass)]
+        bits = [re.search(r"\.(64|128)", load) for load in re.findall(r"(?:LDG|LDGSTS)(\.[A-Z0-9.]+)", self.sass)]
         return max((int(b.group(1)) // 8 if b else 4 for b in bits), default=0)
 
 
-def compile_kernel(
-    kernel: Any, arguments: dict[str, Any], capability: int, num_warps: int = 4, **options: Any
-) -> Usage:
+def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int, num_warps: int = 4) -> Usage:
     """Compile ``kernel`` for ``sm_<capability>``.
 
-    ``arguments`` maps every parameter to a type ("*bf16", "i32", "fp32") or, for a compile-time constant,
-    to its value. As at run time, pointers and integers count as divisible by 16 (a type with a trailing "?"
-    does not).
+    ``arguments`` maps every parameter to a type ("*bf16", "i32", "fp32") or, for a compile-time constant, to its
+    value. As for most calls, pointers and integers are divisible by 16; a type that ends in "?" is not.
     """
-    types = {name: a for name, a in arguments.items() if isinstance(a, str)}
-    signature = {name: types[name].rstrip("?") if name in types else "constexpr" for name in arguments}
-    constants = {(i,): a for i, (name, a) in enumerate(arguments.items()) if name not in types}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, _) in enumerate(arguments.items())
-        if name in types and not types[name].endswith("?") and not types[name].startswith("fp")
-    }
-    missing = set(kernel.arg_names) ^ set(arguments)
-    assert not missing, f"{kernel.__name__}: arguments and parameters differ in {missing}"
-    source = ASTSource(kernel, signature, constants, aligned)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
+    assert set(arguments) == set(kernel.arg_names), set(arguments) ^ set(kernel.arg_names)
+    # The order of the parameters counts below, and they are given by name.
+    ordered = [arguments[name] for name in kernel.arg_names]
+    types = [a if isinstance(a, str) else "constexpr" for a in ordered]
+    signature = dict(zip(kernel.arg_names, (t.rstrip("?") for t in types), strict=True))
+    constants = {(i,): a for i, a in enumerate(ordered) if types[i] == "constexpr"}
+    aligned = [i for i, t in enumerate(types) if t != "constexpr" and not t.startswith("fp") and not t.endswith("?")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
     return _read(compiled.asm["cubin"], compiled.asm["ptx"])
 
 
@@ -61,9 +53,11 @@ def _read(cubin: bytes, ptx: str) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.check_output(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], text=True, stderr=subprocess.STDOUT
-        )
-        sass = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True)
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"], ptx, sass)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

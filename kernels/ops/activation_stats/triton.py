@@ -22,7 +22,7 @@ COUNTED, SINK = tl.constexpr(1), tl.constexpr(2)
 MOMENTS = tl.constexpr(3)
 FIELD_COUNT = tl.constexpr(len(FIELDS))
 # Channels of a program of the second and third stage.
-FOLD_BLOCK = 128
+FOLD_BLOCK = 64
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def _resident_kernel(
     if bad != 0:
         tl.store(bad_ptr, 1)
     threshold = tl.full((), 0, KEY)
-    reached = K + 0
+    reached = tl.zeros((), tl.int32) + K
     bit = tl.full((), KEY.primitive_bitwidth - 1, tl.int32)
     # Stops where exactly ``keep`` reach the threshold: on distinct scores that is long before the last bit.
     while (bit >= 0) & (reached != keep):
@@ -104,7 +104,7 @@ def _streamed_kernel(
     row = tl.program_id(0).to(tl.int64)
     bits_ptr += row * tl.cdiv(K, 8)
     threshold = tl.full((), 0, KEY)
-    reached = K + 0
+    reached = tl.zeros((), tl.int32) + K
     above = tl.full((), 0, tl.int32)
     bad = tl.full((), 0, tl.int32)
     bit = tl.full((), KEY.primitive_bitwidth - 1, tl.int32)
