@@ -12,7 +12,7 @@ from kernels.ops.activation_stats import SINK
 from kernels.ops.activation_stats import triton as stats
 
 
-@pytest.mark.parametrize("tokens", [255, 256, 257, 520])
+@pytest.mark.parametrize("tokens", [256, 257, pytest.param(520, marks=pytest.mark.slow)])
 def test_borders_of_splits(tokens):
     x, role, persona = batch_of((2, tokens, 5), torch.float16)
     # Sinks where a split begins and ends, and in the last split of one sequence alone.
@@ -23,32 +23,33 @@ def test_borders_of_splits(tokens):
     assert_close(sums, oracle(x, role, persona), 2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16], ids=str)
 def test_launch_does_not_show_in_the_bits(dtype, monkeypatch):
-    x, role, persona = batch_of((3, 300, 37), dtype)
-    wide, narrow = zero_sums(37), zero_sums(37)
+    x, role, persona = batch_of((1, 260, 37), dtype)
+    wide, narrow = zero_sums(37, personas=2), zero_sums(37, personas=2)
+    persona %= 2
     activation_stats(x, role, persona, wide)
-    monkeypatch.setattr(stats, "split_block", lambda dtype: 16)
+    monkeypatch.setattr(stats, "split_block", lambda dtype: 32)
     monkeypatch.setattr(stats, "FOLD_BLOCK", 32)
     activation_stats(x, role, persona, narrow)
     assert torch.equal(wide, narrow)
 
 
 def test_a_sequence_has_the_same_bits_in_every_batch():
-    x, role, persona = batch_of((9, 40, 5))
-    together, alone = zero_sums(5, personas=9), zero_sums(5, personas=9)
-    activation_stats(x, role, torch.arange(9), together)
-    for b in range(9):
+    x, role, persona = batch_of((3, 40, 5))
+    together, alone = zero_sums(5, personas=3), zero_sums(5, personas=3)
+    activation_stats(x, role, torch.arange(3), together)
+    for b in range(3):
         activation_stats(x[b : b + 1], role[b : b + 1], torch.tensor([b]), alone)
     assert torch.equal(together, alone)
 
 
 def test_more_sequences_than_lanes_of_one_persona():
     x, role, _ = batch_of((19, 3, 5), torch.float64)
-    persona = torch.full((19,), 2)
-    sums = zero_sums(5)
+    persona = torch.full((19,), 1)
+    sums = zero_sums(5, personas=2)
     activation_stats(x, role, persona, sums)
-    assert_close(sums, oracle(x, role, persona), 1e-12)
+    assert_close(sums, oracle(x, role, persona, personas=2), 1e-12)
 
 
 def test_offsets_past_32_bits():

