@@ -36,7 +36,7 @@ def test_launch_does_not_show_in_the_bits(dtype, monkeypatch):
 
 
 def test_a_sequence_has_the_same_bits_in_every_batch():
-    x, role, persona = batch_of((3, 40, 5))
+    x, role, _ = batch_of((3, 40, 5))
     together, alone = zero_sums(5, personas=3), zero_sums(5, personas=3)
     activation_stats(x, role, torch.arange(3), together)
     for b in range(3):
