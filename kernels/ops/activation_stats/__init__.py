@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backends, triton_backend
 from kernels.ops import checks
 from kernels.ops.activation_stats.reference import FIELDS, activation_stats_reference
 
@@ -31,6 +31,9 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> 
     Returns:
         bool ``[B]``: sequences whose counted or sink tokens held NaN, infinity or values whose
         square overflows; the sums are then spoiled and the caller has to stop.
+
+    Raises ValueError if a persona does not exist. A GPU backend must not wait for the values: it
+    adds such a sequence to nothing and returns True for it.
     """
     op = "activation_stats"
     checks.dtype(op, "x", x, checks.FLOATS)
@@ -43,9 +46,15 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> 
     checks.dtype(op, "sums", sums, (torch.float64,))
     checks.shape(op, "sums", sums, (None, len(FIELDS), channels), "[P, 8, K]")
     checks.same_device(op, x=x, role=role, persona=persona, sums=sums)
-    if batch and not (int(persona.min()) >= 0 and int(persona.max()) < sums.shape[0]):
-        raise ValueError(f"{op}: persona must lie in 0..{sums.shape[0] - 1}, got {persona.tolist()}")
-    return backends.implementation(op, x.device.type)(x, role, persona, sums)
+    function = backends.implementation(op, x.device.type)
+    if batch and (x.device.type == "cpu" or function is activation_stats_reference):
+        _check_personas(persona, sums.shape[0])
+    return function(x, role, persona, sums)
+
+
+def _check_personas(persona: Tensor, count: int) -> None:
+    if int(persona.min()) < 0 or int(persona.max()) >= count:
+        raise ValueError(f"activation_stats: persona must lie in 0..{count - 1}, got {persona.tolist()}")
 
 
 @activation_stats.register_fake
@@ -54,3 +63,4 @@ def _(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
 
 
 backends.register("activation_stats", "reference", activation_stats_reference)
+triton_backend.register("activation_stats", "kernels.ops.activation_stats.triton", "activation_stats_triton")

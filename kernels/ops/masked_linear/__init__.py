@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backends, triton_backend
 from kernels.ops import checks
 from kernels.ops.masked_linear.reference import masked_linear_backward_reference, masked_linear_reference
 
@@ -19,6 +19,8 @@ def masked_linear(
         weight: ``[N, K]``, dtype of ``x``.
         bits: packed masks uint8 ``[P, N, ceil(K / 8)]``, True = kept.
         persona: int32 ``[M]``, or ``[1]`` for all rows: index into ``bits``, -1 for the plain weight.
+            One that does not exist raises ValueError; a GPU backend must not wait for the values and
+            fills such a row with NaN.
         gamma: share of a removed weight that stays, 0 <= gamma < 1.
         bias: ``[N]`` or None.
 
@@ -79,3 +81,4 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, ga
 
 masked_linear.register_autograd(_backward, setup_context=_setup_context)
 backends.register("masked_linear", "reference", masked_linear_reference)
+triton_backend.register("masked_linear", "kernels.ops.masked_linear.triton", "masked_linear_triton")

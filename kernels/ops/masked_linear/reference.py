@@ -43,11 +43,17 @@ def masked_linear_backward_reference(
 
 def _rows_of_each(persona: Tensor, count: int, personas: int) -> Iterator[tuple[int, slice | Tensor]]:
     """Every persona index present, with the rows it owns."""
-    present = persona.unique().tolist()
-    if present and not -1 <= present[0] <= present[-1] < personas:
-        raise ValueError(f"masked_linear: persona must lie in -1..{personas - 1}, got {present}")
+    present = check_personas(persona, personas)
     if len(present) == 1:
         yield present[0], slice(0, count)
         return
     for index in present:
         yield index, (persona == index).nonzero().squeeze(1)
+
+
+def check_personas(persona: Tensor, personas: int) -> list[int]:
+    """The persona indices present, in order; ValueError if one of them has no mask."""
+    present = persona.unique().tolist()
+    if present and not -1 <= present[0] <= present[-1] < personas:
+        raise ValueError(f"masked_linear: persona must lie in -1..{personas - 1}, got {present}")
+    return present

@@ -1,0 +1,42 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: the contract's own tests, and those of ``interpreter/``.
+
+The interpreter must be on before the first kernel is defined, so each run is a process of its own. bfloat16
+products are left out of it: ``tl.dot`` is silently wrong there (``tests/gpu`` has them).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+OPS = "activation_stats=triton,mask_select=triton,mask_select_scores=triton,masked_linear=triton"
+
+QUICK = {
+    "activation_stats": "test_sums and 37 or bad_value and 3e or non_contiguous and 16",
+    "mask_select": "keeps_the_largest and 37 or none- or zero_weights or low_precision or named and nan",
+    "masked_linear": "not bfloat16 and (forward and 33 and 0.3-mixed or non_contiguous and 16 or unused or past)",
+}
+ALL = {"activation_stats": "", "mask_select": "", "masked_linear": "not bfloat16"}
+
+
+def run(op, expression, marks):
+    files = [HERE / f"test_{op}.py", HERE / f"interpreter/test_{op}_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-m", marks, "-k", expression]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PERSONA_BACKEND": OPS}
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("op", QUICK)
+def test_interpreted(op):
+    run(op, f"{QUICK[op]} or _triton.py", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ALL)
+def test_interpreted_with_every_test(op):
+    run(op, ALL[op], "slow or not slow")
