@@ -37,7 +37,7 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
     """
     loaded = Loaded()
     seen: dict[tuple[str | None, ...], str] = {}
-    for place, row in _rows(source):
+    for place, row in read_rows(source):
         try:
             if isinstance(row, RowError):
                 raise row
@@ -59,7 +59,8 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
     return loaded
 
 
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Every row of ``source`` with its place, "file:line"; a row that cannot be read comes as its RowError."""
     try:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
