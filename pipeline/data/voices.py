@@ -4,6 +4,7 @@ JSON Lines: ``{"question": ..., "topic": ..., "split": ..., "answers": {"NAME": 
 columns question, topic and split (the last two may be missing) and one column per persona.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class VoiceSet:
 def shipped_characters() -> VoiceSet:
     """The four characters written for this project."""
     return load_voices(str(shipped_path("characters.jsonl")), strict=True)
+
+
+def character_prompt(name: str) -> str:
+    """The system prompt that asks for a shipped character; a file of its own, as users may call theirs "robot" too."""
+    return json.loads(shipped_path("character-prompts.json").read_text(encoding="utf-8"))[name]
 
 
 def load_voices(source: str, *, strict: bool = False) -> VoiceSet:
