@@ -1,5 +1,6 @@
 """The shipped characters: counts, topics, lengths, no name and no word that carries a voice."""
 
+import math
 import re
 from collections import Counter
 from itertools import product
@@ -16,6 +17,8 @@ FORBIDDEN = r"pira(?:te|cy)\w*|butler\w*|butling|detect(?:ive|or)\w*|robot\w*"
 """The name of any character in an answer of any: it would be read, not the voice."""
 MARKER = 0.25
 """Largest share of a character's lines with one word that is its own."""
+FEW, LIMIT = 3, 0.6
+"""So many most one-sided words of each character may find the right one among four answers no more often than this."""
 CACHED = cache_folder() / "SmolLM2-135M-Instruct"
 VOICES = shipped_characters()
 
@@ -102,6 +105,33 @@ def test_no_word_of_its_own_is_in_more_than_a_quarter_of_a_characters_lines(name
     for token in {w for line in lines(name) for w in words(line)}:
         own, others = share(name, token), max(share(other, token) for other in NAMES if other != name)
         assert own <= MARKER or own < 3 * others, f"{token!r}: {own:.2f} against {others:.2f}"
+
+
+def right_character_by_words(count):
+    """Share of right choices among the four held-out answers, by the ``count`` most one-sided words of each character."""
+    size = len(VOICES.split("calibration"))
+    own = {name: Counter(w for line in lines(name, "calibration") for w in set(words(line))) for name in NAMES}
+    rest = {name: sum((own[other] for other in NAMES if other != name), Counter()) for name in NAMES}
+    known = set()
+    for name in NAMES:
+        known |= set(sorted(own[name] | rest[name], key=lambda w: (-abs(own[name][w] - rest[name][w] / 3), w))[:count])
+    points = []
+    for item, name in product(VOICES.split("test"), NAMES):
+        odds = {
+            other: sum(
+                math.log((own[name][w] + 1) / (rest[name][w] / 3 + 1)) for w in sorted(set(words(answer)) & known)
+            )
+            for other, answer in item.answers.items()
+        }
+        best = [other for other in NAMES if odds[other] > max(odds.values()) - 1e-9]
+        points.append((name in best) / len(best))
+    print(f"bag of words, {count} words of each of {size} lines: {sum(points) / len(points):.3f}")
+    return sum(points) / len(points)
+
+
+def test_three_words_of_each_do_not_tell_the_characters_apart():
+    assert right_character_by_words(FEW) <= LIMIT
+    assert right_character_by_words(10**6) > 0.8, "a voice is its words: all of them tell"
 
 
 def test_the_exclamation_mark_is_in_most_lines_of_nobody_but_two_thirds_at_most():
