@@ -108,7 +108,7 @@ def test_no_word_of_its_own_is_in_more_than_a_quarter_of_a_characters_lines(name
 
 
 def right_character_by_words(count):
-    """Share of right choices among the four held-out answers, by the ``count`` most one-sided words of each character."""
+    """Share of right choices among four held-out answers, by the ``count`` most one-sided words of each character."""
     size = len(VOICES.split("calibration"))
     own = {name: Counter(w for line in lines(name, "calibration") for w in set(words(line))) for name in NAMES}
     rest = {name: sum((own[other] for other in NAMES if other != name), Counter()) for name in NAMES}
