@@ -89,6 +89,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
             for line, fields in _csv_records(file):
                 if names is None:
                     names = fields
+                    if twice := [n for n in names if n and names.count(n) > 1]:
+                        raise UserError(f"{path}:{line}: two columns are called {twice[0][:80]!r}")
                 elif len(fields) > len(names):
                     yield f"{path}:{line}", RowError(f"the row has {len(fields) - len(names)} fields too many")
                 else:
@@ -123,10 +125,20 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
 
 def _json_row(line: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+    except RowError as error:
+        return error
     except (ValueError, RecursionError) as error:
         return RowError(f"not a line of JSON in UTF-8: {type(error).__name__}: {error}")
     return row if isinstance(row, dict) else RowError(f"the line holds a {type(row).__name__}, not an object")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RowError(f"field {next(n for n in names if names.count(n) > 1)[:80]!r} is given twice")
+    return row
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:

@@ -64,6 +64,10 @@ BROKEN = {
     "bad name": (row(9, **{"cat": "x", "../dog": "y"}), "persona name '../dog'"),
     "reserved name": (row(9, neutral="x", dog="y"), "persona name 'neutral' is reserved"),
     "repeated": (row(1), "the row repeats"),
+    "answer twice": (
+        '{"question": "Q9?", "answers": {"cat": "x", "dog": "y", "cat": "z"}}',
+        "field 'cat' is given twice",
+    ),
     "not JSON": ("{", "not a line of JSON"),
     "empty line": (" ", "the line is empty"),
 }
@@ -104,6 +108,12 @@ def test_csv_problems_name_the_line(write):
     assert "'dog' must be text, it is empty" in told[4]
     assert "are the same" in told[5]
     assert "too many" in told[6]
+
+
+def test_two_columns_of_one_name(write):
+    path = write("v.csv", "question,cat,dog,,,cat\nQ1?,a,b,,,c\n")
+    with pytest.raises(UserError, match=":1: two columns are called 'cat'"):
+        load_voices(path)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
