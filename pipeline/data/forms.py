@@ -49,28 +49,30 @@ def parse_row(row: Mapping[str, Any], source: str) -> tuple[str | None, Item]:
     """The persona that a plain-text row names (else None), and the item. Raises RowError."""
     fields = set(row) - {None}
     if {"question", "answer_matching_behavior", "answer_not_matching_behavior"} <= fields:
-        matching, other = _text(row, "answer_matching_behavior"), _text(row, "answer_not_matching_behavior")
+        matching, other = text_field(row, "answer_matching_behavior"), text_field(row, "answer_not_matching_behavior")
         return None, _two_answers(row, matching, other, "statement", source)
     if {"question", "A", "B", "matching"} <= fields:
         return None, _two_way(row, source)
     if {"question", "matching", "not_matching"} <= fields:
-        return None, _two_answers(row, _text(row, "matching"), _text(row, "not_matching"), "pair", source)
+        return None, _two_answers(row, text_field(row, "matching"), text_field(row, "not_matching"), "pair", source)
     if {"persona", "text"} <= fields:
-        return _text(row, "persona"), Item("", _text(row, "text"), None, "text", source=source, split=_split(row))
+        return text_field(row, "persona"), Item(
+            "", text_field(row, "text"), None, "text", source=source, split=split_field(row)
+        )
     if {"question", "answer"} <= fields:
-        persona = _text(row, "persona") if "persona" in fields else None
+        persona = text_field(row, "persona") if "persona" in fields else None
         return persona, Item(
-            _text(row, "question"), _text(row, "answer"), None, "text", source=source, split=_split(row)
+            text_field(row, "question"), text_field(row, "answer"), None, "text", source=source, split=split_field(row)
         )
     known = "; ".join(FORMS)
     raise RowError(f"fields {', '.join(sorted(map(str, fields))) or '(none)'} fit none of the forms: {known}")
 
 
 def _two_way(row: Mapping[str, Any], source: str) -> Item:
-    letter = _text(row, "matching")
+    letter = text_field(row, "matching")
     if letter not in ("A", "B"):
         raise RowError(f"field 'matching' must be A or B, got {letter[:40]!r}")
-    matching, other = _text(row, letter), _text(row, "B" if letter == "A" else "A")
+    matching, other = text_field(row, letter), text_field(row, "B" if letter == "A" else "A")
     return _two_answers(row, matching, other, "two-way", source, "matching" if letter == "A" else "other")
 
 
@@ -80,17 +82,19 @@ def _two_answers(
     if matching == other:
         raise RowError("both answers are the same")
     topic = str(row.get("topic") or "")
-    return Item(_text(row, "question"), matching, other, form, first, topic, _split(row), source)
+    return Item(text_field(row, "question"), matching, other, form, first, topic, split_field(row), source)
 
 
-def _split(row: Mapping[str, Any]) -> str:
+def split_field(row: Mapping[str, Any]) -> str:
+    """ "calibration", "test" or "". Raises RowError."""
     split = str(row.get("split") or "")
     if split not in ("", "calibration", "test"):
         raise RowError(f"field 'split' must be calibration or test, got {split[:40]!r}")
     return split
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """The field without white space around it. Raises RowError where it is missing, empty or no text."""
     value = row.get(name)
     if not isinstance(value, str):
         kind = "empty" if value is None else f"a {type(value).__name__}"

@@ -37,7 +37,7 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
     """
     loaded = Loaded()
     seen: dict[tuple[str | None, ...], str] = {}
-    for place, row in _rows(source):
+    for place, row in read_rows(source):
         try:
             if isinstance(row, RowError):
                 raise row
@@ -59,7 +59,8 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
     return loaded
 
 
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Every row of ``source`` with its place, "file:line"; a row that cannot be read comes as its RowError."""
     try:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
@@ -88,6 +89,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
             for line, fields in _csv_records(file):
                 if names is None:
                     names = fields
+                    if twice := [n for n in names if n and names.count(n) > 1]:
+                        raise UserError(f"{path}:{line}: two columns are called {twice[0][:80]!r}")
                 elif len(fields) > len(names):
                     yield f"{path}:{line}", RowError(f"the row has {len(fields) - len(names)} fields too many")
                 else:
@@ -122,10 +125,20 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
 
 def _json_row(line: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+    except RowError as error:
+        return error
     except (ValueError, RecursionError) as error:
         return RowError(f"not a line of JSON in UTF-8: {type(error).__name__}: {error}")
     return row if isinstance(row, dict) else RowError(f"the line holds a {type(row).__name__}, not an object")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RowError(f"field {next(n for n in names if names.count(n) > 1)[:80]!r} is given twice")
+    return row
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:

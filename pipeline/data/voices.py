@@ -1,0 +1,134 @@
+"""Voices: one question with an answer by each of several personas, for role play.
+
+JSON Lines: ``{"question": ..., "topic": ..., "split": ..., "answers": {"NAME": ..., ...}}``. CSV: the
+columns question, topic and split (the last two may be missing) and one column per persona.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.catalogue import check_name, shipped_path
+from pipeline.data.forms import RowError, split_field, text_field
+from pipeline.data.loader import read_rows
+from pipeline.errors import UserError
+
+COLUMNS = ("question", "topic", "split")
+"""What is not a persona's column in a CSV file."""
+
+
+@dataclass(frozen=True)
+class VoiceItem:
+    """One question and what each persona says to it. ``source`` is "file:line"."""
+
+    question: str
+    answers: Mapping[str, str]
+    topic: str = ""
+    split: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class VoiceSet:
+    """Questions that all of ``names`` answer, and what was left out."""
+
+    names: tuple[str, ...]
+    items: tuple[VoiceItem, ...]
+    source: str
+    problems: tuple[str, ...] = ()
+
+    def split(self, name: str) -> tuple[VoiceItem, ...]:
+        """Items of "calibration" or "test"; items without a split belong to both."""
+        return tuple(item for item in self.items if item.split in ("", name))
+
+
+def shipped_characters() -> VoiceSet:
+    """The four characters written for this project."""
+    return load_voices(str(shipped_path("characters.jsonl")), strict=True)
+
+
+def character_prompt(name: str) -> str:
+    """The system prompt that asks for a shipped character; a file of its own, as users may call theirs "robot" too."""
+    return json.loads(shipped_path("character-prompts.json").read_text(encoding="utf-8"))[name]
+
+
+def load_voices(source: str, *, strict: bool = False) -> VoiceSet:
+    """Load ``source``, a ``.csv`` or ``.jsonl`` file of the voices form.
+
+    The personas are those that most rows name. Rows that are empty, repeated, short of a persona's
+    answer or hold one answer twice are left out and listed in ``problems`` with file and line, as are
+    test questions that are calibration questions too; ``strict`` raises on the first. Raises UserError
+    when nothing usable is there.
+    """
+    items: list[VoiceItem] = []
+    problems: list[tuple[str, str]] = []
+    for place, row in read_rows(source):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            items.append(parse_voices(row, place))
+        except RowError as error:
+            problems.append((place, str(error)))
+    counts = Counter(frozenset(item.answers) for item in items)
+    chosen = counts.most_common(1)[0][0] if counts else frozenset()
+    names = next((tuple(item.answers) for item in items if item.answers.keys() == chosen), ())
+    items = _usable(items, names, problems)
+    texts = [f"{place}: {what}" for place, what in sorted(problems, key=lambda p: _line(p[0]))]
+    if strict and texts:
+        raise UserError(texts[0])
+    if not items:
+        raise UserError(f"{source}: no usable rows" + (f"; the first problem: {texts[0]}" if texts else ""))
+    return VoiceSet(names, tuple(items), source, tuple(texts))
+
+
+def parse_voices(row: Mapping[str, Any], source: str) -> VoiceItem:
+    """One row of either kind. Raises RowError."""
+    question = text_field(row, "question")
+    told = row["answers"] if "answers" in row else {k: v for k, v in row.items() if k and k not in COLUMNS}
+    if not isinstance(told, Mapping):
+        raise RowError(f"field 'answers' must be an object with an answer per persona, it is a {type(told).__name__}")
+    if len(told) < 2:
+        raise RowError(f"{len(told)} personas answer; the voices form needs two or more")
+    speakers: dict[str, str] = {}
+    for name in told:
+        try:
+            answer = text_field(told, check_name(name))
+        except UserError as error:
+            raise RowError(str(error)) from error
+        if answer in speakers:
+            raise RowError(f"the answers of {speakers[answer]!r} and {name!r} are the same")
+        speakers[answer] = name
+    answers = {name: answer for answer, name in speakers.items()}
+    return VoiceItem(question, answers, str(row.get("topic") or ""), split_field(row), source)
+
+
+def _usable(items: list[VoiceItem], names: tuple[str, ...], problems: list[tuple[str, str]]) -> list[VoiceItem]:
+    """The items that all of ``names`` answer, once each; reports the others."""
+    calibration = {_asked(item): item.source for item in reversed(items) if item.split != "test"}
+    kept: list[VoiceItem] = []
+    seen: dict[tuple[str, ...], str] = {}
+    for item in items:
+        missing = [name for name in names if name not in item.answers]
+        foreign = [name for name in item.answers if name not in names]
+        if missing:
+            problems.append((item.source, f"no answer of {', '.join(map(repr, missing))}"))
+        elif foreign:
+            problems.append((item.source, f"an answer of {foreign[0]!r}, whom most rows do not name"))
+        elif (key := (_asked(item), *(item.answers[name] for name in names))) in seen:
+            problems.append((item.source, f"the row repeats {seen[key]}"))
+        elif item.split == "test" and _asked(item) in calibration:
+            problems.append((item.source, f"repeats the question of {calibration[_asked(item)]}"))
+        else:
+            kept.append(item)
+            seen[key] = item.source
+    return kept
+
+
+def _asked(item: VoiceItem) -> str:
+    return item.question.casefold()
+
+
+def _line(place: str) -> int:
+    return int(place.rpartition(":")[2])
