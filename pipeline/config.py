@@ -181,6 +181,8 @@ class EvaluateConfig:
     """Resamples for the 95 % intervals."""
     conditions: str = "prompt,mask,random"
     """What to compare with the unmasked model: persona prompt, the masks (own and opponent's), random masks."""
+    draws: int = 2
+    """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True
     """Score two-way items also with the options shown, in both orders."""
     questions: int = 1
@@ -204,7 +206,7 @@ class EvaluateConfig:
             _one_of("conditions", condition.strip(), ("prompt", "mask", "random"))
         for name in ("samples", "questions", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("batch_tokens", "bootstrap"):
+        for name in ("batch_tokens", "bootstrap", "draws"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
 

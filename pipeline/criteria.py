@@ -137,21 +137,29 @@ def _signed(
     A row with fewer such weights loses fewer. The importance that the pool goes by is ``|W| rms``, over the
     counted positions of both poles. ``allowed`` (bool ``[N, K]``) narrows the choice further.
     """
-    gradient = _slopes(layer).margin
-    other = _opponent(layer)
-    tokens = layer.own.tokens + other.tokens
-    square = layer.own.mean_square * layer.own.tokens + other.mean_square * other.tokens
-    rms = (square / tokens).sqrt().float()
-    weight, columns = layer.weight, layer.weight.shape[1]
+    weight, columns, gradient = layer.weight, layer.weight.shape[1], _slopes(layer).margin
+    rms = pooled_rms(layer.own, _opponent(layer))
     eligible = scoring.first_order_gain(weight, gradient) > 0
     if allowed is not None:
         eligible &= allowed
     if pool < 1:
-        unimportant = mask_select_scores(-(weight.float().abs() * rms), int(Decimal(str(pool)) * columns))
-        eligible &= unpack_bits(unimportant, columns)
+        eligible &= least_important(weight, rms, pool)
     scores = rank(weight, gradient, rms).masked_fill(~eligible, -torch.inf)
     removed = unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible
     return pack_bits(~removed)
+
+
+def pooled_rms(own: ChannelStats, other: ChannelStats) -> Tensor:
+    """Root mean square of a layer's inputs over the counted positions of both poles, float32 ``[K]``."""
+    square = own.mean_square * own.tokens + other.mean_square * other.tokens
+    return (square / (own.tokens + other.tokens)).sqrt().float()
+
+
+def least_important(weight: Tensor, rms: Tensor, share: float) -> Tensor:
+    """The share of every row with the smallest ``|W| rms``, bool ``[N, K]``: what may go at little damage."""
+    columns = weight.shape[1]
+    chosen = mask_select_scores(-(weight.float().abs() * rms), int(Decimal(str(share)) * columns))
+    return unpack_bits(chosen, columns)
 
 
 CRITERIA: dict[str, Callable[[Layer], Tensor]] = {

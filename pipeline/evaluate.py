@@ -74,8 +74,9 @@ def _run_all(
     from rich.console import Console
     from rich.progress import Progress
 
+    from pipeline.controls import add_random
     from pipeline.data.catalogue import neutral_texts, persona_prompt
-    from pipeline.evaluation import CONDITIONS, State, contrasts_of, measure_state, records_of
+    from pipeline.evaluation import State, contrasts_of, measure_state, place, records_of
     from pipeline.likelihood import perplexity
 
     texts = [prompter.encode("", text) for text in neutral_texts()[: config.texts or None]]
@@ -99,7 +100,7 @@ def _run_all(
         for pair in pairs:
             base = state("unmasked", "", pair, None)
             progress.advance(task)
-            controls = _add_random(model, pair, config.seed) if "random" in wanted else {}
+            controls = add_random(model, config.run, pair, config.draws, config.seed) if "random" in wanted else []
             states = []
             for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
                 if "prompt" in wanted:
@@ -107,22 +108,14 @@ def _run_all(
                 if "mask" in wanted:
                     own = state("own mask", pole, pair, pole)
                     states += [own, State("opponent mask", other, None, own.removed, own.perplexity, own.measured)]
-                if "random" in wanted:
-                    states.append(state("random mask", pole, pair, controls[pole]))
+                for number, names in enumerate(controls, 1):
+                    condition = "random mask" if number == 1 else f"random mask {number}"
+                    states.append(state(condition, pole, pair, names[pole]))
                 progress.advance(task, len(wanted))
             options = {"resamples": config.bootstrap, "seed": config.seed}
             records += records_of(pair, base, states, criterion=model.masks.manifest["criterion"], **options)
             contrasts += contrasts_of(pair, base, states, **options)
-    return sorted(records, key=lambda r: (r.pair, r.form, CONDITIONS.index(r.condition))), contrasts
-
-
-def _add_random(model: Any, pair: Any, seed: int) -> dict[str, str]:
-    """A random mask for each pole with the pole's own number of weights in every row, drawn independently."""
-    names = {}
-    for pole in (pair.plus, pair.minus):
-        names[pole] = f"random-{len(model.masks.personas)}-{pole}"
-        model.add(model.masks.random_like(pole, 1000 * seed + len(model.masks.personas), names[pole]))
-    return names
+    return sorted(records, key=lambda r: (r.pair, r.form, place(r.condition))), contrasts
 
 
 def _answers(model: Any, prompter: Any, pair: Any, config: EvaluateConfig) -> list[dict[str, Any]]:

@@ -16,6 +16,12 @@ from pipeline.protocol import STATEMENT, Margins, forms_of, margins
 SCHEMA = "persona-subnetworks/evaluation"
 SCHEMA_VERSION = 1
 CONDITIONS = ("unmasked", "prompt", "own mask", "opponent mask", "random mask")
+"""Further draws of a random mask are called "random mask 2" and so on."""
+
+
+def place(condition: str) -> tuple[int, str]:
+    """Sorts conditions as they are shown."""
+    return next(i for i, known in enumerate(CONDITIONS) if condition.startswith(known)), condition
 
 
 @dataclass(frozen=True)

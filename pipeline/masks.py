@@ -95,14 +95,23 @@ class PersonaMasks:
             mixed[layer] = pack_bits((x & y) | chosen)
         return self._new(name, mixed)
 
-    def random_like(self, persona: str, seed: int, name: str) -> "PersonaMasks":
-        """A random mask that keeps as many weights in every row as ``persona`` does: the control."""
+    def random_like(
+        self, persona: str, seed: int, name: str, pool: Callable[[str], Tensor] | None = None
+    ) -> "PersonaMasks":
+        """A random mask that keeps as many weights in every row as ``persona`` does: the control.
+
+        ``pool(layer)`` (bool ``[N, K]``) says which weights may go, all by default. Raises ValueError where a row
+        of it holds fewer than the persona removes.
+        """
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
         for layer in self.shapes:
             mask = self.mask(persona, layer)
-            everything = torch.ones_like(mask)
-            drawn[layer] = pack_bits(_random_subset(everything, mask.sum(1), generator))
+            candidates = torch.ones_like(mask) if pool is None else pool(layer).to(mask.device)
+            removed = (~mask).sum(1)
+            if (removed > candidates.sum(1)).any():
+                raise ValueError(f"layer {layer}: {persona!r} removes more weights of a row than its pool holds")
+            drawn[layer] = pack_bits(~_random_subset(candidates, removed, generator))
         return self._new(name, drawn)
 
     def __or__(self, other: "PersonaMasks") -> "PersonaMasks":

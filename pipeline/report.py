@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation import CONDITIONS, Contrast, Record
+from pipeline.evaluation import Contrast, Record, place
 
 COLOURS = ("#2a6f97", "#c8553d")
 """First and second pole of a pair; readable without telling red from green."""
@@ -13,6 +13,11 @@ COLOURS = ("#2a6f97", "#c8553d")
 def score(record: Record) -> float:
     """What a record is judged by: AUC for statements, else length-normalised accuracy."""
     return record.score_normalised if record.auc is None else record.auc
+
+
+def conditions(records: Sequence[Record]) -> list[str]:
+    """The conditions among the records, in the order of the table."""
+    return sorted({record.condition for record in records}, key=place)
 
 
 def by_pair(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
@@ -24,29 +29,33 @@ def by_pair(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def print_table(records: Sequence[Record], contrasts: Sequence[Contrast], criterion: str) -> None:
-    """One table per pair and form on stdout: a line per condition, both poles as +/-."""
+    """One table per pair and form on stdout: a line per condition, both poles as +/-.
+
+    "own answers" is the change of their log-probability against the unmasked model, nats per token.
+    """
     from rich.console import Console
     from rich.table import Table
 
     terminal = Console()
-    console = Console(width=max(terminal.width, 122))
+    console = Console(width=max(terminal.width, 136))
     for (pair, form), group in by_pair(records).items():
         statements = group[0].auc is not None
         table = Table(title=f"{pair}, {group[0].n} held-out items, {form}, {criterion}", title_justify="left")
         for name in ("condition", "removed", "summed", "AUC" if statements else "normalised"):
             table.add_column(name, justify="left" if name == "condition" else "right", no_wrap=True)
-        for name in ("separation [95 %]", "shift between poles [95 %]", "perplexity"):
+        for name in ("separation [95 %]", "shift between poles [95 %]", "own answers", "perplexity"):
             table.add_column(name, justify="right", no_wrap=True)
-        for condition in (c for c in CONDITIONS if any(r.condition == c for r in group)):
+        unmasked = {r.persona: r.own_answer for r in group if r.condition == "unmasked"}
+        for condition in conditions(group):
             plus, minus = (
                 next(r for r in group if (r.condition, r.persona) == (condition, p)) for p in pair.split("/")
             )
             contrast = next((c for c in contrasts if (c.pair, c.form, c.condition) == (pair, form, condition)), None)
-            table.add_row(*_row(plus, minus, contrast))
+            table.add_row(*_row(plus, minus, contrast, unmasked))
         console.print(table)
 
 
-def _row(plus: Record, minus: Record, contrast: Contrast | None) -> tuple[str, ...]:
+def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[str, float]) -> tuple[str, ...]:
     def both(name: Callable[[Record], float]) -> str:
         return f"{100 * name(plus):.0f}/{100 * name(minus):.0f}"
 
@@ -57,6 +66,7 @@ def _row(plus: Record, minus: Record, contrast: Contrast | None) -> tuple[str, .
         both(score),
         _interval(contrast.separation, contrast.separation_low, contrast.separation_high, 0) if contrast else "",
         _interval(contrast.shift, contrast.shift_low, contrast.shift_high, 1) if contrast else "",
+        "/".join(f"{r.own_answer - unmasked[r.persona]:+.2f}" for r in (plus, minus)) if contrast else "",
         _cost(plus.perplexity)
         if plus.perplexity == minus.perplexity
         else f"{_cost(plus.perplexity)}/{_cost(minus.perplexity)}",
@@ -83,7 +93,7 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
         len(groups), 2, figsize=(11, 0.6 + 2.3 * len(groups)), squeeze=False, layout="constrained", sharey="row"
     )
     for (left, right), ((pair, form), group) in zip(axes, groups.items(), strict=True):
-        present = [c for c in CONDITIONS if any(r.condition == c for r in group)]
+        present = conditions(group)
         for colour, offset, persona in zip(COLOURS, (-0.14, 0.14), pair.split("/"), strict=True):
             own = {r.condition: r for r in group if r.persona == persona}
             places = [i + offset for i, c in enumerate(present) if c in own]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import chat, evaluate
 from pipeline.config import ChatConfig
+from pipeline.controls import add_random
 from pipeline.data.catalogue import PersonaSet
 from pipeline.data.forms import Item
 from pipeline.data.prompts import Encoded, Prompter
@@ -187,18 +189,19 @@ def test_statements_through_the_program(finished, held, tmp_path, resamples):
     assert evaluate.main([str(finished), *options, *files]) == 0
     report = json.loads((tmp_path / "new" / "e.json").read_text())
     assert finite(report)
-    assert len(report["records"]) == 2 * 5
+    assert len(report["records"]) == 2 * 6
     for record in report["records"]:
         assert (record["form"], record["n"]) == ("statement", 6)
         assert 0 <= record["auc"] <= 1
-        assert record["removed"] == pytest.approx(0.3 if record["condition"].endswith(" mask") else 0.0, abs=0.03)
+        assert record["removed"] == pytest.approx(0.3 if " mask" in record["condition"] else 0.0, abs=0.03)
     by = {(r["condition"], r["persona"]): r for r in report["records"]}
     for pole, other in (("up", "down"), ("down", "up")):
         own, seen = by["own mask", pole], by["opponent mask", other]
         assert own["auc"] == pytest.approx(1 - seen["auc"])
         assert own["margin_shift"] == pytest.approx(-seen["margin_shift"])
         assert own["perplexity"] == seen["perplexity"] != by["unmasked", pole]["perplexity"]
-    assert {c["condition"] for c in report["contrasts"]} == {"prompt", "own mask", "opponent mask", "random mask"}
+    randoms = {"random mask", "random mask 2"}
+    assert {c["condition"] for c in report["contrasts"]} == {"prompt", "own mask", "opponent mask", *randoms}
     own, seen = ({c["condition"]: c for c in report["contrasts"]}[k] for k in ("own mask", "opponent mask"))
     assert own["shift"] == pytest.approx(-seen["shift"])
     assert [a["persona"] for a in report["answers"]] == [None, "up", "down"]
@@ -219,7 +222,7 @@ def test_random_controls_of_long_names_and_of_a_persona_called_random(finished):
         renamed = dict(zip((plus, minus), model.masks.bits.values(), strict=True))
         model.detach()
         model = PersonaModel(model.model, type(model.masks)(model.masks.shapes, renamed, model.masks.manifest))
-        names = evaluate._add_random(model, PersonaSet(plus, minus, (), "x"), 0)
+        (names,) = add_random(model, Path("nowhere"), PersonaSet(plus, minus, (), "x"), 1, 0)
         assert len({plus, minus, *names.values()}) == 4
         for pole, name in names.items():
             assert model.masks.kept(pole) == model.masks.kept(name)

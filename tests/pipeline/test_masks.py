@@ -81,6 +81,22 @@ def test_mixtures(drawn, share):
         assert equal.mix("m", "x", "y", share).mask("m", name).sum(1).tolist() == x[name].sum(1).tolist()
 
 
+@settings(deadline=None, max_examples=40)
+@given(three(), st.integers(0, 1000))
+def test_random_controls_stay_in_their_pool(drawn, seed):
+    """Exactly what the persona removes may go, and nothing else: then there is no choice."""
+    masks = pack(x=drawn[0])
+    same = masks.random_like("x", seed, "r", lambda layer: ~drawn[0][layer])
+    wider = masks.random_like("x", seed, "r", lambda layer: ~drawn[0][layer] | drawn[1][layer])
+    for name, mask in drawn[0].items():
+        assert torch.equal(same.mask("r", name), mask)
+        assert not (~wider.mask("r", name) & mask & ~drawn[1][name]).any()
+        assert wider.mask("r", name).sum(1).tolist() == mask.sum(1).tolist()
+    if any((~mask).any() for mask in drawn[0].values()):
+        with pytest.raises(ValueError, match="pool"):
+            masks.random_like("x", seed, "r", lambda layer: torch.zeros_like(drawn[0][layer]))
+
+
 def test_random_controls_are_random():
     """Independent of the persona, of other seeds, and even over the columns."""
     shapes = {"a": (2000, 40)}

@@ -219,6 +219,7 @@ def test_evaluation_writes_records(place, run, tmp_path, capsys):
         "own mask",
         "opponent mask",
         "random mask",
+        "random mask 2",
     }
     assert {r["form"] for r in report["records"]} == {"free", "options"}
     by = {(r["condition"], r["persona"], r["form"]): r for r in report["records"]}

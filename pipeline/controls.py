@@ -1,0 +1,55 @@
+"""Control masks for a persona: what the same number of weights does when nothing but chance chooses them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.config import FIRST_ORDER
+from pipeline.criteria import least_important, pooled_rms
+from pipeline.stats import ActivationStats
+from pipeline.store import STATISTICS, load_statistics
+
+
+def add_random(model: Any, run: Path, pair: Any, draws: int, seed: int) -> list[dict[str, str]]:
+    """Add ``draws`` random masks for each pole of a pair; returns their names by pole, one dictionary a draw.
+
+    Each removes as many weights of every row as the pole's mask. Against a first-order criterion they come from
+    the pool that it chose from, the row's least important weights: any others would cost far more perplexity and
+    make every criterion look good.
+    """
+    chosen = []
+    for _ in range(draws):
+        names = {}
+        for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
+            number = len(model.masks.personas)
+            names[pole] = f"random-{number}-{pole}"
+            pool = _pool(model, run, pole, other)
+            model.add(model.masks.random_like(pole, 1000 * seed + number, names[pole], pool))
+        chosen.append(names)
+    return chosen
+
+
+def _pool(model: Any, run: Path, pole: str, other: str) -> Callable[[str], Tensor] | None:
+    manifest = model.masks.manifest
+    share = float(manifest["options"]["pool"])
+    if manifest["criterion"] not in FIRST_ORDER or manifest["criterion"] == "first-order-gate" or share == 1:
+        return None
+    stats = _statistics(run, manifest)
+    site = {linear: site.name for site in stats.sites for linear in site.linears}
+    modules = dict(model.model.named_modules())
+
+    def pool(layer: str) -> Tensor:
+        own, opponent = (stats.channels(persona, site[layer]) for persona in (pole, other))
+        weight = modules[layer].matrix.detach().cpu()
+        return least_important(weight, pooled_rms(own, opponent), share)
+
+    return pool
+
+
+def _statistics(run: Path, manifest: dict[str, Any]) -> ActivationStats:
+    """The run's statistics, its composed personas beside the measured ones."""
+    stats = load_statistics(run / STATISTICS)
+    recipes = {name: [tuple(part) for part in parts] for name, parts in manifest["personas"]["compositions"].items()}
+    return stats.concatenate(stats.compose(recipes)) if recipes else stats
