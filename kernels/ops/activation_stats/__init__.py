@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backends, native
 from kernels.ops import checks
+from kernels.ops.activation_stats.cpp import activation_stats_cpp
 from kernels.ops.activation_stats.reference import FIELDS, activation_stats_reference
 
 IGNORED, COUNTED, SINK = 0, 1, 2
@@ -54,3 +55,4 @@ def _(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
 
 
 backends.register("activation_stats", "reference", activation_stats_reference)
+native.register("activation_stats", activation_stats_cpp)
