@@ -44,8 +44,9 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> 
     checks.dtype(op, "sums", sums, (torch.float64,))
     checks.shape(op, "sums", sums, (None, len(FIELDS), channels), "[P, 8, K]")
     checks.same_device(op, x=x, role=role, persona=persona, sums=sums)
-    if batch and not (int(persona.min()) >= 0 and int(persona.max()) < sums.shape[0]):
-        raise ValueError(f"{op}: persona must lie in 0..{sums.shape[0] - 1}, got {persona.tolist()}")
+    owners = persona.tolist()
+    if owners and not (min(owners) >= 0 and max(owners) < sums.shape[0]):
+        raise ValueError(f"{op}: persona must lie in 0..{sums.shape[0] - 1}, got {owners}")
     return backends.implementation(op, x.device.type)(x, role, persona, sums)
 
 

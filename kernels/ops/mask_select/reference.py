@@ -15,7 +15,7 @@ def mask_select_scores_reference(scores: Tensor, keep: int, tiebreak: Tensor | N
     """Packed mask of the ``keep`` largest scores of every row; ties by ``tiebreak``, then lower column."""
     reject_unordered("scores", scores)
     if tiebreak is None:
-        return pack_bits_reference(_above_threshold(scores, keep))
+        return pack_bits_reference(above_threshold(scores, keep))
     reject_unordered("tiebreak", tiebreak)
     # Two stable sorts rank by (score, tiebreak, column): the second keeps the first's order among equals.
     by_tiebreak = torch.sort(tiebreak, dim=1, descending=True, stable=True).indices
@@ -24,7 +24,7 @@ def mask_select_scores_reference(scores: Tensor, keep: int, tiebreak: Tensor | N
     return pack_bits_reference(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True))
 
 
-def _above_threshold(scores: Tensor, keep: int) -> Tensor:
+def above_threshold(scores: Tensor, keep: int) -> Tensor:
     """Everything above the row's ``keep``-th largest score, and of its equals the leftmost that still fit."""
     rows, columns = scores.shape
     if keep == 0 or rows == 0:
