@@ -119,9 +119,14 @@ def command():
     return Build.with_options(use_ninja=False)
 
 
-forced = choice()
-chosen = parts(forced)
-if chosen:
-    setup(ext_modules=[extension(chosen, optional=forced is None)], cmdclass={"build_ext": command()})
-else:
-    setup()
+def main() -> None:
+    forced = choice()
+    chosen = parts(forced)
+    if chosen:
+        setup(ext_modules=[extension(chosen, optional=forced is None)], cmdclass={"build_ext": command()})
+    else:
+        setup()
+
+
+if __name__ == "__main__":
+    main()
