@@ -19,7 +19,15 @@ TORCH_TARGET = "0x020b000000000000"
 """The stable ABI of torch 2.11: the library built here serves every later torch."""
 # No -ffast-math: the sums are compared bit by bit. -ffp-contract=off: a fused product only where the source says so.
 # The last flag: GCC warns of its own AVX-512 header (bug 105593).
-FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
 INSTRUCTIONS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mpopcnt"],
@@ -50,7 +58,9 @@ def obstacle(part: str) -> str | None:
     if part == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA: install a CUDA build of torch"
     if part == "cuda" and (cpp_extension.CUDA_HOME is None or not list(ROOT.glob("csrc/*/cuda.cu"))):
-        return "there is no CUDA toolkit (nvcc): set CUDA_HOME" if cpp_extension.CUDA_HOME is None else "no csrc/*/cuda.cu"
+        return (
+            "there is no CUDA toolkit (nvcc): set CUDA_HOME" if cpp_extension.CUDA_HOME is None else "no csrc/*/cuda.cu"
+        )
     return None
 
 

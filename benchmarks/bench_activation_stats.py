@@ -79,7 +79,9 @@ def share_of_forward(bench: Bench, dtype: torch.dtype) -> None:
     peer = Timing.of(inside["reference-style"])
     for name, samples in inside.items():
         timing = Timing.of(samples)
-        bench.add(OURS, f"in hooks, {len(ways[name].modules)} linears", dtype, name, "reference-style", timing, peer, nbytes)
+        bench.add(
+            OURS, f"in hooks, {len(ways[name].modules)} linears", dtype, name, "reference-style", timing, peer, nbytes
+        )
         print(f"    = {100 * timing.median / forward.median:.2f} % of the bare forward")
 
 

@@ -58,8 +58,8 @@ Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& p
   const int64_t* owner = static_cast<const int64_t*>(persona.const_data_ptr());
   for (int64_t b = 0; b < batch; ++b)
     STD_TORCH_CHECK(owner[b] >= 0 && owner[b] < sums.size(0), "persona out of range: ", owner[b]);
-  const Tokens list = list_tokens(static_cast<const uint8_t*>(role.const_data_ptr()), batch, tokens, role.stride(0),
-                                  role.stride(1));
+  const Tokens list =
+      list_tokens(static_cast<const uint8_t*>(role.const_data_ptr()), batch, tokens, role.stride(0), role.stride(1));
   const StatsArguments arguments{x.const_data_ptr(),
                                  element_of(x, "x"),
                                  batch,

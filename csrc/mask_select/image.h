@@ -11,9 +11,7 @@ namespace {
 constexpr std::int32_t kNone = INT32_MIN;
 constexpr std::uint32_t kInfinity = 0x7f800000u;
 
-PERSONA_INLINE bool is_unordered(std::uint32_t bits) {
-  return (bits & 0x7fffffffu) > kInfinity || bits == kInfinity;
-}
+PERSONA_INLINE bool is_unordered(std::uint32_t bits) { return (bits & 0x7fffffffu) > kInfinity || bits == kInfinity; }
 
 /// Non-negative floats order like their bits; negative ones in reverse; -0.0 becomes 0.0.
 PERSONA_INLINE std::int32_t image_of(std::uint32_t bits) {

@@ -73,7 +73,8 @@ struct Avx2 {
     const __m256i below = _mm256_set1_epi32(threshold - 1);
     __m256i count[4] = {zero(), zero(), zero(), zero()};
     for (std::int64_t i = 0; i < n; i += 4 * width)
-      for (int k = 0; k < 4; ++k) count[k] = _mm256_sub_epi32(count[k], _mm256_cmpgt_epi32(at(p + i + k * width), below));
+      for (int k = 0; k < 4; ++k)
+        count[k] = _mm256_sub_epi32(count[k], _mm256_cmpgt_epi32(at(p + i + k * width), below));
     std::int32_t lane[width];
     store(lane, _mm256_add_epi32(_mm256_add_epi32(count[0], count[1]), _mm256_add_epi32(count[2], count[3])));
     std::int64_t total = 0;

@@ -73,9 +73,11 @@ void check_stats(const Kernels& k, Element element, std::int64_t batch, std::int
   counted.push_back(static_cast<std::int64_t>(token.size()));
   std::vector<double> sums(static_cast<std::size_t>(2 * 8 * channels), 0.0);
   std::vector<std::uint8_t> bad(static_cast<std::size_t>(batch), 0);
-  const StatsArguments a{x.bytes.data(), element, batch, {tokens * channels * step, channels * step, step},
-                         token.data(), counted.data(), sink.data(), persona.data(), sums.data(),
-                         {8 * channels, channels, 1}};
+  const StatsArguments a{x.bytes.data(), element,
+                         batch,          {tokens * channels * step, channels * step, step},
+                         token.data(),   counted.data(),
+                         sink.data(),    persona.data(),
+                         sums.data(),    {8 * channels, channels, 1}};
   k.activation_stats(a, 0, channels, bad.data());
   for (std::int64_t c = 0; c < channels; ++c) {
     double expected = 0, actual = 0;

@@ -17,7 +17,12 @@ needs_library = pytest.mark.skipif(native.problem() is not None, reason=native.d
 
 def start(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -29,7 +34,9 @@ def test_native_is_chosen(op):
 
 @needs_library
 def test_instruction_set_is_forced_by_the_environment():
-    code = "from kernels import native; native.problem(); import torch; print(torch.ops.persona_native.instruction_set())"
+    code = (
+        "from kernels import native; native.problem(); import torch; print(torch.ops.persona_native.instruction_set())"
+    )
     for name in native.instruction_sets():
         assert start("-c", code, PERSONA_ISA=name).stdout.split() == [name]
 

@@ -116,7 +116,9 @@ def test_packing(shape):
     mask = torch.rand(shape) > 0.5
     bits = pack_bits_cpp(mask)
     assert torch.equal(bits, pack_bits_reference(mask))
-    assert torch.equal(pack_bits_cpp(mask.T if mask.dim() == 2 else mask), pack_bits_reference(mask.T) if mask.dim() == 2 else bits)
+    assert torch.equal(
+        pack_bits_cpp(mask.T if mask.dim() == 2 else mask), pack_bits_reference(mask.T) if mask.dim() == 2 else bits
+    )
     assert torch.equal(unpack_bits_cpp(bits, shape[-1]), mask)
     assert torch.equal(unpack_bits_reference(bits, shape[-1]), mask)
 

@@ -115,7 +115,11 @@ def test_bad_value_is_found_in_every_channel(isa, threads, bad, column):
 
 
 def test_unknown_roles_are_ignored(isa):
-    x, role, persona = torch.full((1, 3, 5), math.nan), torch.tensor([[3, 255, 0]], dtype=torch.uint8), torch.tensor([0])
+    x, role, persona = (
+        torch.full((1, 3, 5), math.nan),
+        torch.tensor([[3, 255, 0]], dtype=torch.uint8),
+        torch.tensor([0]),
+    )
     spoiled, sums = run(activation_stats_cpp, x, role, persona)
     assert not spoiled.any()
     assert not sums.any()
