@@ -1,5 +1,8 @@
 """Fused activation statistics: one op on rotated buffers, and as a share of a bare forward pass of SmolLM2."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from benchmarks.harness import Bench, Timing, duration, rotating, run
@@ -8,9 +11,10 @@ from benchmarks.shapes import LLAMA3_8B, SMOLLM2, smollm2
 from kernels import backends
 from kernels.ops.activation_stats import activation_stats
 from kernels.ops.activation_stats.reference import activation_stats_reference
-from pipeline.sites import find_linears, find_sites
+from pipeline.sites import find_linears, find_sites, matrix
 
 OURS = "activation_stats"
+FIRST = ".layers.0."
 
 
 def agrees(x: torch.Tensor) -> bool:
@@ -50,39 +54,67 @@ def one_op(bench: Bench, dtype: torch.dtype, channels: int) -> None:
 
 
 def share_of_forward(bench: Bench, dtype: torch.dtype) -> None:
-    """Time inside the hooks of live passes over the time of bare passes, alternating in one process."""
+    """The hooks of a whole pass against the bare pass, all in turn in one process, measured in two ways.
+
+    "live" is the time inside the hooks of a running pass; "isolated" calls them on the inputs of the first block,
+    once for every block of the model.
+    """
     causal = smollm2(dtype)
     model, ids = causal.model, torch.randint(49152, (BATCH, TOKENS))
     linears = find_linears(causal)
     found, _ = find_sites(causal, linears, torch.device("cpu"))
     sites = {site.name: linears[site.name] for site in found}
-    widths = {name: module.in_features for name, module in linears.items()}
-    every = len(linears)
+    widths = {name: matrix(module).shape[1] for name, module in linears.items()}
+    ours = backends.choose(OURS, "cpu")
     ways = {
-        backends.choose(OURS, "cpu"): Hooks(sites, fused(widths)),
-        f"{backends.choose(OURS, 'cpu')} on {every}": Hooks(linears, fused(widths)),
+        ours: Hooks(sites, fused(widths)),
+        f"{ours} on every linear": Hooks(linears, fused(widths)),
         "plain": Hooks(sites, plain(widths)),
         "reference-style": Hooks(linears, reference_style(widths)),
     }
-    bare, inside = [], {name: [] for name in ways}
-    model(ids)
+    inputs: dict[str, torch.Tensor] = {}
+    # The first block's alone: all of them would be a gigabyte.
+    with Hooks({name: m for name, m in linears.items() if FIRST in name}, inputs.__setitem__):
+        model(ids)
+    bare: list[float] = []
+    live: dict[str, list[float]] = {name: [] for name in ways}
+    isolated: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(2 if bench.quick else 7):
-        bare.append(duration(lambda: model(ids)))
+        bare.append(duration(model, ids))
         for name, hooks in ways.items():
-            hooks.seconds = 0.0
-            with hooks:
-                model(ids)
-            inside[name].append(hooks.seconds)
+            live[name].append(seconds_inside(hooks, lambda: model(ids)))
+            isolated[name].append(duration(on_first_block, hooks, inputs))
     forward = Timing.of(bare)
-    nbytes = BATCH * TOKENS * sum(site.width for site in found) * dtype.itemsize
-    bench.add("forward", "SmolLM2 8x256, bare", dtype, "torch", "torch", forward, forward, 0)
-    peer = Timing.of(inside["reference-style"])
-    for name, samples in inside.items():
-        timing = Timing.of(samples)
-        bench.add(
-            OURS, f"in hooks, {len(ways[name].modules)} linears", dtype, name, "reference-style", timing, peer, nbytes
-        )
-        print(f"    = {100 * timing.median / forward.median:.2f} % of the bare forward")
+    bench.add("forward", f"SmolLM2 {BATCH}x{TOKENS}, bare", dtype, "torch", "torch", forward, forward, 0)
+    for way, samples in (("live", live), ("isolated", isolated)):
+        for name, values in samples.items():
+            timing, read = Timing.of(values), sum(widths[linear] for linear in ways[name].modules)
+            bench.add(
+                OURS,
+                f"{way}, {len(ways[name].modules)} linears of SmolLM2",
+                dtype,
+                name,
+                "reference-style",
+                timing,
+                Timing.of(samples["reference-style"]),
+                BATCH * TOKENS * read * dtype.itemsize,
+            )
+            print(f"    = {100 * timing.median / forward.median:.2f} % of the bare forward")
+
+
+def seconds_inside(hooks: Hooks, forward: Callable[[], Any]) -> float:
+    hooks.seconds = 0.0
+    with hooks:
+        forward()
+    return hooks.seconds
+
+
+def on_first_block(hooks: Hooks, inputs: dict[str, torch.Tensor]) -> None:
+    """The hooks of one block, as often as the model has blocks."""
+    first = [name for name in hooks.modules if FIRST in name]
+    for _ in range(len(hooks.modules) // len(first)):
+        for name in first:
+            hooks.measure(name, inputs[name])
 
 
 def main(bench: Bench) -> None:

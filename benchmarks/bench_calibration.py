@@ -26,7 +26,7 @@ def calibrate(bench: Bench, dtype: torch.dtype) -> None:
     collector = Collector(causal, stats)
     role, persona = roles()
     sources = [str(b) for b in range(BATCH)]
-    norms = Hooks(linears, reference_style({name: module.in_features for name, module in linears.items()}))
+    norms = Hooks(linears, reference_style({name: matrix(module).shape[1] for name, module in linears.items()}))
 
     def ours(ids: torch.Tensor) -> None:
         with collector.collecting(), collector.batch(role, persona, sources):
@@ -42,7 +42,7 @@ def calibrate(bench: Bench, dtype: torch.dtype) -> None:
     for _ in range(2 if bench.quick else 9):
         ids = torch.randint(49152, (BATCH, TOKENS))
         for name, forward in passes.items():
-            samples[name].append(duration(lambda forward=forward, ids=ids: forward(ids)))
+            samples[name].append(duration(forward, ids))
     bare = Timing.of(samples["torch"])
     for name, values in samples.items():
         timing = Timing.of(values)
@@ -64,7 +64,7 @@ def masks(bench: Bench, dtype: torch.dtype, stats: ActivationStats, linears: dic
                     mask_select(weight, score, weight.shape[1] // 2)
         samples.append(time.perf_counter() - start)
     timing = Timing.of(samples)
-    weights = sum(module.weight.numel() for module in linears.values())
+    weights = sum(matrix(module).numel() for module in linears.values())
     nbytes = 2 * (weights * dtype.itemsize + weights // 8)
     backend = backends.choose("mask_select", "cpu")
     bench.add("calibration", "SmolLM2, wanda masks of 2 personas", dtype, backend, backend, timing, timing, nbytes)

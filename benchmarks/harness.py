@@ -58,7 +58,7 @@ class Timing:
         return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
 
 
-class CheckFailed(AssertionError):
+class CheckError(AssertionError):
     """A candidate's result is wrong: it is not timed."""
 
 
@@ -85,11 +85,11 @@ class Bench:
     ) -> dict[str, Timing]:
         """Time ``candidates`` in turn, each for about ``seconds``; ``peer`` is the one that ratios refer to.
 
-        Raises CheckFailed if ``check`` is false for one of them.
+        Raises CheckError if ``check`` is false for one of them.
         """
         for name in candidates:
             if not check(name):
-                raise CheckFailed(f"{op} {case} {dtype}: {name} gives a wrong result; nothing is timed")
+                raise CheckError(f"{op} {case} {dtype}: {name} gives a wrong result; nothing is timed")
         timings = alternate(candidates, seconds / 5 if self.quick else seconds)
         for name, timing in timings.items():
             self.add(op, case, dtype, name, peer, timing, timings[peer], nbytes)
@@ -151,9 +151,10 @@ def alternate(candidates: dict[str, Callable[[], Any]], seconds: float, least: i
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def duration(run: Callable[[], Any]) -> float:
+def duration(run: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds that ``run(*arguments)`` takes."""
     start = time.perf_counter()
-    run()
+    run(*arguments)
     return time.perf_counter() - start
 
 
@@ -165,7 +166,8 @@ def rotating(make: Callable[[], Any], nbytes: int, limit: int = BEYOND_CACHES) -
 def read_ceiling(seconds: float) -> float:
     """GB/s of the fastest pass over memory beyond all caches, on torch's threads."""
     buffer = torch.ones(BEYOND_CACHES // 4)
-    passes, start = [], time.perf_counter()
+    passes: list[float] = []
+    start = time.perf_counter()
     while not passes or time.perf_counter() - start < seconds:
         passes.append(duration(buffer.sum))
     return BEYOND_CACHES / min(passes) / 1e9

@@ -54,4 +54,5 @@ def smollm2(dtype: torch.dtype, blocks: int = SMOLLM2.blocks) -> Any:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
