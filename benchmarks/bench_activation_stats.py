@@ -15,6 +15,8 @@ from pipeline.sites import find_linears, find_sites, matrix
 
 OURS = "activation_stats"
 FIRST = ".layers.0."
+QUICK_BLOCKS = 4
+"""The share of the forward pass does not depend on the number of equal blocks."""
 
 
 def agrees(x: torch.Tensor) -> bool:
@@ -59,7 +61,7 @@ def share_of_forward(bench: Bench, dtype: torch.dtype) -> None:
     "live" is the time inside the hooks of a running pass; "isolated" calls them on the inputs of the first block,
     once for every block of the model.
     """
-    causal = smollm2(dtype)
+    causal = smollm2(dtype, QUICK_BLOCKS if bench.quick else SMOLLM2.blocks)
     model, ids = causal.model, torch.randint(49152, (BATCH, TOKENS))
     linears = find_linears(causal)
     found, _ = find_sites(causal, linears, torch.device("cpu"))
@@ -79,13 +81,22 @@ def share_of_forward(bench: Bench, dtype: torch.dtype) -> None:
     bare: list[float] = []
     live: dict[str, list[float]] = {name: [] for name in ways}
     isolated: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(2 if bench.quick else 7):
+    for _ in range(3):
         bare.append(duration(model, ids))
         for name, hooks in ways.items():
             live[name].append(seconds_inside(hooks, lambda: model(ids)))
             isolated[name].append(duration(on_first_block, hooks, inputs))
     forward = Timing.of(bare)
-    bench.add("forward", f"SmolLM2 {BATCH}x{TOKENS}, bare", dtype, "torch", "torch", forward, forward, 0)
+    bench.add(
+        "forward",
+        f"SmolLM2 {BATCH}x{TOKENS}, bare, {causal.config.num_hidden_layers} blocks",
+        dtype,
+        "torch",
+        "torch",
+        forward,
+        forward,
+        0,
+    )
     for way, samples in (("live", live), ("isolated", isolated)):
         for name, values in samples.items():
             timing, read = Timing.of(values), sum(widths[linear] for linear in ways[name].modules)

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.harness import Bench, Timing, duration, run
 from benchmarks.hooks import BATCH, TOKENS, Hooks, reference_style, roles
-from benchmarks.shapes import smollm2
+from benchmarks.shapes import SMOLLM2, smollm2
 from kernels import backends
 from kernels.ops.mask_select import mask_select
 from pipeline.collector import Collector
@@ -19,7 +19,8 @@ PERSONAS = ("plus", "minus")
 
 def calibrate(bench: Bench, dtype: torch.dtype) -> None:
     """Per batch: forward alone; forward under the collector; forward under a norm at every linear."""
-    causal = smollm2(dtype)
+    blocks = 4 if bench.quick else SMOLLM2.blocks
+    causal = smollm2(dtype, blocks)
     linears = find_linears(causal)
     sites, _ = find_sites(causal, linears, torch.device("cpu"))
     stats = ActivationStats.zeros(PERSONAS, sites)
@@ -39,14 +40,16 @@ def calibrate(bench: Bench, dtype: torch.dtype) -> None:
     passes = {"torch": causal.model, backends.choose("activation_stats", "cpu"): ours, "reference-style": reference}
     samples: dict[str, list[float]] = {name: [] for name in passes}
     causal.model(torch.randint(49152, (BATCH, TOKENS)))
-    for _ in range(2 if bench.quick else 9):
+    for _ in range(3 if bench.quick else 4):
         ids = torch.randint(49152, (BATCH, TOKENS))
         for name, forward in passes.items():
             samples[name].append(duration(forward, ids))
     bare = Timing.of(samples["torch"])
     for name, values in samples.items():
         timing = Timing.of(values)
-        bench.add("calibration", f"SmolLM2 {BATCH}x{TOKENS}, one batch", dtype, name, "torch", timing, bare, 0)
+        bench.add(
+            "calibration", f"SmolLM2 {BATCH}x{TOKENS}, {blocks} blocks, a batch", dtype, name, "torch", timing, bare, 0
+        )
         print(f"    = {100 * (timing.median / bare.median - 1):+.2f} % on the bare forward")
     masks(bench, dtype, stats, linears)
 

@@ -113,10 +113,10 @@ def other_forms(bench: Bench, case: str, dtype: torch.dtype, layers: list[Layer]
 
 
 def main(bench: Bench) -> None:
-    blocks = 4 if bench.quick else SMOLLM2.blocks
+    blocks = 2 if bench.quick else SMOLLM2.blocks
     small = layers_of(SMOLLM2, blocks, torch.float32)
     by_row(bench, f"SmolLM2, {blocks} blocks", torch.float32, small)
-    other_forms(bench, f"SmolLM2, {min(blocks, 8)} blocks", torch.float32, small[: 7 * 8])
+    other_forms(bench, f"SmolLM2, {min(blocks, 4)} blocks", torch.float32, small[: 7 * 4])
     del small
     large = layers_of(LLAMA3_8B, 1, torch.bfloat16)
     if bench.quick:

@@ -135,15 +135,16 @@ class Bench:
         print(f"written to {self.output}")
 
 
-def alternate(candidates: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> dict[str, Timing]:
+def alternate(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
     """Run the candidates in turn, so that a change of the machine's speed meets all of them.
 
-    The fast ones run several times a turn; every candidate runs ``least`` times or more, and for about ``seconds``.
+    The fast ones run several times a turn; there are three turns or more, and for about ``seconds``, but only two
+    where a turn takes longer than five seconds.
     """
     first = {name: duration(run) for name, run in candidates.items()}
     longest = max(first.values())
     repeats = {name: max(1, min(200, int(longest / max(took, 1e-7) / 4))) for name, took in first.items()}
-    turns = max(least, min(200, int(seconds / max(longest, 1e-7))))
+    turns = max(2 if sum(first.values()) > 5 else 3, min(200, int(seconds / max(longest, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(turns):
         for name, run in candidates.items():
