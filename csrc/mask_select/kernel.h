@@ -36,7 +36,7 @@ Cut find_cut(const std::int32_t* image, std::int64_t padded, Image range, std::i
              Hint& hint) {
   std::int64_t low = range.low, high = range.high, low_count = count, high_count = 0;
   std::int64_t guess = hint.threshold;
-  bool low_probed = false, high_probed = false;
+  bool low_probed = false, high_probed = false, closed = false;
   for (int step = 0;; ++step) {
     if (high - low == 1) {
       hint.threshold = static_cast<std::int32_t>(high);
@@ -45,8 +45,6 @@ Cut find_cut(const std::int32_t* image, std::int64_t padded, Image range, std::i
     if (guess <= low || guess >= high) guess = low + (high - low) / 2;
     const std::int64_t reached = V::count_at_least(image, padded, static_cast<std::int32_t>(guess));
     if (reached == keep) {
-      if (low_probed && high_probed)
-        hint.density = static_cast<double>(low_count - high_count) / static_cast<double>(high - low);
       hint.threshold = static_cast<std::int32_t>(guess);
       return {static_cast<std::int32_t>(guess), 0};
     }
@@ -55,13 +53,17 @@ Cut find_cut(const std::int32_t* image, std::int64_t padded, Image range, std::i
     } else {
       high = guess, high_count = reached, high_probed = true;
     }
-    // Interpolation needs few steps on smooth rows; every third step halves, so that no row needs many.
-    if (step % 3 == 2) {
+    if (low_probed && high_probed && !closed) {
+      hint.density = static_cast<double>(low_count - high_count) / static_cast<double>(high - low);
+      closed = true;
+    }
+    if (step % 4 == 3) {
+      // Whatever the row looks like, the bracket halves this often.
       guess = low + (high - low) / 2;
-    } else if (low_probed && high_probed) {
+    } else if (closed) {
       guess = interpolate(low, high, low_count, high_count, keep);
     } else {
-      // One end is unknown: a step as long as the last row's density asks for, and a little longer, to close it.
+      // One end is still unknown: a step as long as the last row's density asks for, and a little longer, to close it.
       const double distance = static_cast<double>(reached - keep) * 1.25 + (reached > keep ? 2 : -2);
       const double jump = hint.density > 0 ? distance / hint.density : 0;
       guess = jump > -2e9 && jump < 2e9 ? guess + static_cast<std::int64_t>(jump) : low;
