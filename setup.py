@@ -110,12 +110,18 @@ def command():
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """Adds the flags of ``INSTRUCTIONS``, and does not leave an older library behind a failure."""
+        """Adds the flags of ``INSTRUCTIONS``, and leaves no older library behind a failure."""
+
+        def build_extension(self, ext) -> None:
+            try:
+                super().build_extension(ext)
+            except BaseException:
+                built = Path(self.get_ext_fullpath(ext.name))
+                for stale in (built, ROOT / "kernels" / built.name):
+                    stale.unlink(missing_ok=True)
+                raise
 
         def build_extensions(self) -> None:
-            for ext in self.extensions:
-                # Inplace and editable builds copy to the source tree at the end.
-                (ROOT / "kernels" / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
             compile_one = self.compiler._compile
 
             def with_instructions(obj, src, ext, cc_args, extra_postargs, pp_opts):
