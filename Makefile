@@ -6,14 +6,16 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 DEMO   ?= runs/demo
 
-.PHONY: help setup model demo test test-slow lint format clean
+.PHONY: help setup model demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# The stamp depends on what the environment is made from.
-$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+# The stamp depends on what the environment is made from; the install compiles csrc.
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel
 	$(PIP) install -c constraints.txt torch
@@ -41,10 +43,17 @@ lint: setup  ## style, format, types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE) tests/kernels/sanitize.cpp
 
 format: setup  ## rewrite the sources in the project's format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE) tests/kernels/sanitize.cpp
+
+bench: setup  ## the benchmarks, one thread, into benchmarks/results (ten minutes; BENCH=--quick: three)
+	for name in activation_stats mask_select calibration; do \
+		$(RUN) -m benchmarks.bench_$$name --threads 1 $(BENCH) --output benchmarks/results/$$name.csv || exit 1; \
+	done
 
 clean:       ## remove the virtual environment and build files
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build kernels/_native.* *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ def main() -> int:
     import torch
 
     import kernels
-    from kernels import backends
+    from kernels import backends, native
 
     for name in kernels.__all__:
         getattr(kernels, name)
@@ -19,6 +19,7 @@ def main() -> int:
         print(f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name()}")
     else:
         print("CUDA: no device")
+    print(f"native ops: {native.describe()}")
     for op, row in backends.explain().items():
         print(f"\n{op}")
         for key, value in row.items():

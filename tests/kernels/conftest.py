@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import native
+
 
 @pytest.fixture
 def compiled() -> Iterator[Callable[..., Any]]:
@@ -13,3 +15,20 @@ def compiled() -> Iterator[Callable[..., Any]]:
     torch._dynamo.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=native.instruction_sets() or [pytest.param("", marks=pytest.mark.skip(native.describe()))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that the native ops have here, one after the other."""
+    before = torch.ops.persona_native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import backends, triton_backend
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
+from kernels.ops.activation_stats.cpp import activation_stats_cpp
 from kernels.ops.activation_stats.reference import FIELDS, activation_stats_reference
 
 IGNORED, COUNTED, SINK = 0, 1, 2
@@ -53,8 +54,10 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> 
 
 
 def _check_personas(persona: Tensor, count: int) -> None:
-    if int(persona.min()) < 0 or int(persona.max()) >= count:
-        raise ValueError(f"activation_stats: persona must lie in 0..{count - 1}, got {persona.tolist()}")
+    # One copy to a list, instead of two reductions: this runs at every layer of every batch.
+    owners = persona.tolist()
+    if min(owners) < 0 or max(owners) >= count:
+        raise ValueError(f"activation_stats: persona must lie in 0..{count - 1}, got {owners}")
 
 
 @activation_stats.register_fake
@@ -63,4 +66,5 @@ def _(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
 
 
 backends.register("activation_stats", "reference", activation_stats_reference)
+native.register("activation_stats", activation_stats_cpp)
 triton_backend.register("activation_stats", "kernels.ops.activation_stats.triton", "activation_stats_triton")

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import backends, triton_backend
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
+from kernels.ops.mask_select.cpp import mask_select_cpp, mask_select_scores_cpp
 from kernels.ops.mask_select.reference import mask_select_reference, mask_select_scores_reference
 
 
@@ -64,5 +65,7 @@ def _(scores: Tensor, keep: int, tiebreak: Tensor | None = None) -> Tensor:
 
 backends.register("mask_select", "reference", mask_select_reference)
 backends.register("mask_select_scores", "reference", mask_select_scores_reference)
+native.register("mask_select", mask_select_cpp)
+native.register("mask_select_scores", mask_select_scores_cpp)
 triton_backend.register("mask_select", "kernels.ops.mask_select.triton", "mask_select_triton")
 triton_backend.register("mask_select_scores", "kernels.ops.mask_select.triton", "mask_select_scores_triton")

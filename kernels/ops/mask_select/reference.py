@@ -13,10 +13,10 @@ def mask_select_reference(weight: Tensor, channel_score: Tensor, keep: int) -> T
 
 def mask_select_scores_reference(scores: Tensor, keep: int, tiebreak: Tensor | None) -> Tensor:
     """Packed mask of the ``keep`` largest scores of every row; ties by ``tiebreak``, then lower column."""
-    _reject_unordered("scores", scores)
+    reject_unordered("scores", scores)
     if tiebreak is None:
-        return pack_bits_reference(_above_threshold(scores, keep))
-    _reject_unordered("tiebreak", tiebreak)
+        return pack_bits_reference(above_threshold(scores, keep))
+    reject_unordered("tiebreak", tiebreak)
     # Two stable sorts rank by (score, tiebreak, column): the second keeps the first's order among equals.
     by_tiebreak = torch.sort(tiebreak, dim=1, descending=True, stable=True).indices
     by_score = torch.sort(scores.gather(1, by_tiebreak), dim=1, descending=True, stable=True).indices
@@ -24,7 +24,7 @@ def mask_select_scores_reference(scores: Tensor, keep: int, tiebreak: Tensor | N
     return pack_bits_reference(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True))
 
 
-def _above_threshold(scores: Tensor, keep: int) -> Tensor:
+def above_threshold(scores: Tensor, keep: int) -> Tensor:
     """Everything above the row's ``keep``-th largest score, and of its equals the leftmost that still fit."""
     rows, columns = scores.shape
     if keep == 0 or rows == 0:
@@ -35,7 +35,8 @@ def _above_threshold(scores: Tensor, keep: int) -> Tensor:
     return above | (equal & (equal.cumsum(1) <= room))
 
 
-def _reject_unordered(name: str, values: Tensor) -> None:
+def reject_unordered(name: str, values: Tensor) -> None:
+    """Raises ValueError if ``values`` ``[N, K]`` holds NaN or plus infinity, and names the first."""
     bad = torch.isnan(values) | (values == torch.inf)
     if bad.any():
         row, column = bad.nonzero()[0].tolist()

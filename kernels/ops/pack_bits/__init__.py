@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backends, native
 from kernels.ops import checks
+from kernels.ops.pack_bits.cpp import pack_bits_cpp, unpack_bits_cpp
 from kernels.ops.pack_bits.reference import pack_bits_reference, unpack_bits_reference
 
 
@@ -44,3 +45,5 @@ def _(bits: Tensor, columns: int) -> Tensor:
 
 backends.register("pack_bits", "reference", pack_bits_reference)
 backends.register("unpack_bits", "reference", unpack_bits_reference)
+native.register("pack_bits", pack_bits_cpp)
+native.register("unpack_bits", unpack_bits_cpp)

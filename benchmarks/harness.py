@@ -1,0 +1,198 @@
+"""What every benchmark shares: the bound measured in the same run, alternating candidates, quantiles, one CSV form.
+
+A candidate is timed only after its result was compared with the reference's; buffers are rotated so that no
+cache is measured where a real run would not find the data in one.
+"""
+
+import argparse
+import csv
+import datetime
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BEYOND_CACHES = 512 * 2**20
+"""Bytes: more than the last-level cache of any CPU that this runs on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. ``ratio_to_peer`` is the peer's median over this one's (above 1: faster than the peer);
+    ``ratio_to_bound`` this median over the time that its bytes take at the read ceiling (1 is perfect)."""
+
+    op: str
+    case: str
+    dtype: str
+    threads: int
+    backend: str
+    peer: str
+    median_us: float
+    q20_us: float
+    q80_us: float
+    gbytes_per_s: float
+    ratio_to_peer: float
+    ratio_to_bound: float
+    device: str
+    torch: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds."""
+
+    median: float
+    q20: float
+    q80: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        ordered = sorted(1e6 * s for s in seconds)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+
+
+class CheckError(AssertionError):
+    """A candidate's result is wrong: it is not timed."""
+
+
+class Bench:
+    """Collects rows and prints them. One instance is one run on one machine."""
+
+    def __init__(self, quick: bool, output: Path | None) -> None:
+        self.quick, self.output = quick, output
+        self.rows: list[Row] = []
+        self.ceiling = read_ceiling(0.2 if quick else 1.0)
+        print(f"{device_name()}, {torch.get_num_threads()} threads, read ceiling {self.ceiling:.1f} GB/s")
+
+    def compare(
+        self,
+        op: str,
+        case: str,
+        dtype: torch.dtype,
+        candidates: dict[str, Callable[[], Any]],
+        *,
+        nbytes: int,
+        peer: str,
+        check: Callable[[str], bool],
+        seconds: float = 1.0,
+    ) -> dict[str, Timing]:
+        """Time ``candidates`` in turn, each for about ``seconds``; ``peer`` is the one that ratios refer to.
+
+        Raises CheckError if ``check`` is false for one of them.
+        """
+        for name in candidates:
+            if not check(name):
+                raise CheckError(f"{op} {case} {dtype}: {name} gives a wrong result; nothing is timed")
+        timings = alternate(candidates, seconds / 5 if self.quick else seconds)
+        for name, timing in timings.items():
+            self.add(op, case, dtype, name, peer, timing, timings[peer], nbytes)
+        return timings
+
+    def add(
+        self, op: str, case: str, dtype: torch.dtype, name: str, peer: str, timing: Timing, other: Timing, nbytes: int
+    ) -> None:
+        """Record and print one measurement."""
+        bound = nbytes / self.ceiling / 1e3
+        row = Row(
+            op=op,
+            case=case,
+            dtype=str(dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            backend=name,
+            peer=peer,
+            median_us=round(timing.median, 1),
+            q20_us=round(timing.q20, 1),
+            q80_us=round(timing.q80, 1),
+            gbytes_per_s=round(nbytes / timing.median / 1e3, 2),
+            ratio_to_peer=round(other.median / timing.median, 2),
+            ratio_to_bound=round(timing.median / bound, 2) if bound else 0.0,
+            device=device_name(),
+            torch=torch.__version__,
+            date=datetime.date.today().isoformat(),
+        )
+        self.rows.append(row)
+        print(
+            f"{op:18} {case:34} {row.dtype:9} {name:18} {row.median_us:>12.1f} us {row.gbytes_per_s:>7.2f} GB/s"
+            f"  {row.ratio_to_peer:>8.2f} x {peer}  {row.ratio_to_bound:>7.2f} x bound"
+        )
+
+    def close(self) -> None:
+        """Write the CSV, if one was asked for."""
+        if self.output is None:
+            return
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with self.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+        print(f"written to {self.output}")
+
+
+def alternate(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
+    """Run the candidates in turn, so that a change of the machine's speed meets all of them.
+
+    The fast ones run several times a turn; there are three turns or more, and for about ``seconds``, but only two
+    where a turn takes longer than five seconds.
+    """
+    first = {name: duration(run) for name, run in candidates.items()}
+    longest = max(first.values())
+    repeats = {name: max(1, min(200, int(longest / max(took, 1e-7) / 4))) for name, took in first.items()}
+    turns = max(2 if sum(first.values()) > 5 else 3, min(200, int(seconds / max(longest, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(turns):
+        for name, run in candidates.items():
+            samples[name] += [duration(run) for _ in range(repeats[name])]
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def duration(run: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds that ``run(*arguments)`` takes."""
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start
+
+
+def rotating(make: Callable[[], Any], nbytes: int, limit: int = BEYOND_CACHES) -> Iterator[Any]:
+    """Endless turns through so many buffers of ``nbytes`` bytes that none is in a cache when its turn comes."""
+    return itertools.cycle([make() for _ in range(max(2, -(-limit // nbytes)))])
+
+
+def read_ceiling(seconds: float) -> float:
+    """GB/s of the fastest pass over memory beyond all caches, on torch's threads."""
+    buffer = torch.ones(BEYOND_CACHES // 4)
+    passes: list[float] = []
+    start = time.perf_counter()
+    while not passes or time.perf_counter() - start < seconds:
+        passes.append(duration(buffer.sum))
+    return BEYOND_CACHES / min(passes) / 1e9
+
+
+def device_name() -> str:
+    """CPU model and the vector instructions that matter here; no host name."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    flags = [flag for flag in wanted if flag in facts.get("flags", "").split()]
+    return " ".join([facts.get("model name", "CPU"), *flags])
+
+
+def run(main: Callable[[Bench], None], description: str) -> None:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions: under a minute")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
+    parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(options.quick, options.output)
+    with torch.inference_mode():
+        main(bench)
+    bench.close()

@@ -1,0 +1,108 @@
+// AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "elements.h"
+
+namespace persona {
+namespace {
+
+struct Avx2 {
+  static constexpr const char* name = "avx2";
+  static constexpr int width = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static PERSONA_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+
+  static PERSONA_INLINE F load(const double* p) {
+    return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(p + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(p)));
+  }
+
+  static PERSONA_INLINE F load(const bf16* p) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(packed), 16));
+  }
+
+  static PERSONA_INLINE F load(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  /// One half of the 2 * width elements at `p`, in the order that is cheapest to load: see `natural`.
+  template <int half, class T>
+  static PERSONA_INLINE F load_half(const T* p) {
+    return load(p + half * width);
+  }
+
+  // Even elements are a shift away from float32, odd ones a mask: no widening shuffle.
+  template <int half>
+  static PERSONA_INLINE F load_half(const bf16* p) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (half == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(packed, 16));
+    return _mm256_castsi256_ps(_mm256_and_si256(packed, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
+  /// Offset in the element order of lane `i` of half `half`.
+  template <class T>
+  static constexpr int natural(int half, int i) {
+    return __is_same(T, bf16) ? 2 * i + half : half * width + i;
+  }
+
+  static PERSONA_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static PERSONA_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static PERSONA_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static PERSONA_INLINE F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static PERSONA_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+
+  static PERSONA_INLINE I zero() { return _mm256_setzero_si256(); }
+  static PERSONA_INLINE I bits(F a) { return _mm256_castps_si256(a); }
+  static PERSONA_INLINE void store(std::int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static PERSONA_INLINE I max(I a, I b) { return _mm256_max_epu32(a, b); }
+
+  static PERSONA_INLINE std::uint32_t largest(I a) {
+    std::uint32_t lane[width], r = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), a);
+    for (int i = 0; i < width; ++i) r = lane[i] > r ? lane[i] : r;
+    return r;
+  }
+
+  /// How many of `n` (a multiple of 64) values are at least `threshold`.
+  static PERSONA_INLINE std::int64_t count_at_least(const std::int32_t* p, std::int64_t n, std::int32_t threshold) {
+    // a >= t is a > t - 1; the caller's thresholds lie above the smallest integer. A compare gives -1.
+    const __m256i below = _mm256_set1_epi32(threshold - 1);
+    __m256i count[4] = {zero(), zero(), zero(), zero()};
+    for (std::int64_t i = 0; i < n; i += 4 * width)
+      for (int k = 0; k < 4; ++k)
+        count[k] = _mm256_sub_epi32(count[k], _mm256_cmpgt_epi32(at(p + i + k * width), below));
+    std::int32_t lane[width];
+    store(lane, _mm256_add_epi32(_mm256_add_epi32(count[0], count[1]), _mm256_add_epi32(count[2], count[3])));
+    std::int64_t total = 0;
+    for (int i = 0; i < width; ++i) total += lane[i];
+    return total;
+  }
+
+  static PERSONA_INLINE std::uint64_t at_least(const std::int32_t* p, std::int32_t threshold) {
+    const __m256i below = _mm256_set1_epi32(threshold - 1);
+    std::uint64_t mask = 0;
+    for (int k = 0; k < 8; ++k) mask |= lanes(_mm256_cmpgt_epi32(at(p + k * width), below)) << (8 * k);
+    return mask;
+  }
+
+  static PERSONA_INLINE std::uint64_t equal(const std::int32_t* p, std::int32_t value) {
+    const __m256i wanted = _mm256_set1_epi32(value);
+    std::uint64_t mask = 0;
+    for (int k = 0; k < 8; ++k) mask |= lanes(_mm256_cmpeq_epi32(at(p + k * width), wanted)) << (8 * k);
+    return mask;
+  }
+
+ private:
+  static PERSONA_INLINE I at(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+  static PERSONA_INLINE std::uint64_t lanes(I compare) {
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(compare)));
+  }
+};
+
+}  // namespace
+}  // namespace persona

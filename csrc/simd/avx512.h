@@ -1,0 +1,96 @@
+// AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "elements.h"
+
+namespace persona {
+namespace {
+
+struct Avx512 {
+  static constexpr const char* name = "avx512";
+  static constexpr int width = 16;
+  using F = __m512;
+  using I = __m512i;
+
+  static PERSONA_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+
+  static PERSONA_INLINE F load(const double* p) {
+    const __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(p)));
+    return _mm512_insertf32x8(low, _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8)), 1);
+  }
+
+  static PERSONA_INLINE F load(const bf16* p) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
+  }
+
+  static PERSONA_INLINE F load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  /// One half of the 2 * width elements at `p`, in the order that is cheapest to load: see `natural`.
+  template <int half, class T>
+  static PERSONA_INLINE F load_half(const T* p) {
+    return load(p + half * width);
+  }
+
+  // Even elements are a shift away from float32, odd ones a mask: no widening shuffle.
+  template <int half>
+  static PERSONA_INLINE F load_half(const bf16* p) {
+    const __m512i packed = _mm512_loadu_si512(p);
+    if constexpr (half == 0) return _mm512_castsi512_ps(_mm512_slli_epi32(packed, 16));
+    return _mm512_castsi512_ps(_mm512_and_si512(packed, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
+  /// Offset in the element order of lane `i` of half `half`.
+  template <class T>
+  static constexpr int natural(int half, int i) {
+    return __is_same(T, bf16) ? 2 * i + half : half * width + i;
+  }
+
+  static PERSONA_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static PERSONA_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static PERSONA_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static PERSONA_INLINE F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static PERSONA_INLINE F abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+
+  static PERSONA_INLINE I zero() { return _mm512_setzero_si512(); }
+  static PERSONA_INLINE I bits(F a) { return _mm512_castps_si512(a); }
+  static PERSONA_INLINE void store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+  static PERSONA_INLINE I max(I a, I b) { return _mm512_max_epu32(a, b); }
+  static PERSONA_INLINE std::uint32_t largest(I a) { return _mm512_reduce_max_epu32(a); }
+
+  /// How many of `n` (a multiple of 64) values are at least `threshold`.
+  static PERSONA_INLINE std::int64_t count_at_least(const std::int32_t* p, std::int64_t n, std::int32_t threshold) {
+    const __m512i wanted = _mm512_set1_epi32(threshold), one = _mm512_set1_epi32(1);
+    __m512i count[4] = {zero(), zero(), zero(), zero()};
+    for (std::int64_t i = 0; i < n; i += 4 * width)
+      for (int k = 0; k < 4; ++k) {
+        const __mmask16 hit = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(p + i + k * width), wanted);
+        count[k] = _mm512_mask_add_epi32(count[k], hit, count[k], one);
+      }
+    return _mm512_reduce_add_epi32(
+        _mm512_add_epi32(_mm512_add_epi32(count[0], count[1]), _mm512_add_epi32(count[2], count[3])));
+  }
+
+  static PERSONA_INLINE std::uint64_t at_least(const std::int32_t* p, std::int32_t threshold) {
+    const __m512i wanted = _mm512_set1_epi32(threshold);
+    std::uint64_t mask = 0;
+    for (int k = 0; k < 4; ++k)
+      mask |= std::uint64_t{_mm512_cmpge_epi32_mask(_mm512_loadu_si512(p + k * width), wanted)} << (16 * k);
+    return mask;
+  }
+
+  static PERSONA_INLINE std::uint64_t equal(const std::int32_t* p, std::int32_t value) {
+    const __m512i wanted = _mm512_set1_epi32(value);
+    std::uint64_t mask = 0;
+    for (int k = 0; k < 4; ++k)
+      mask |= std::uint64_t{_mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p + k * width), wanted)} << (16 * k);
+    return mask;
+  }
+};
+
+}  // namespace
+}  // namespace persona

@@ -1,0 +1,36 @@
+// The kernels of one instruction set as a table, and the choice of a table at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../activation_stats/arguments.h"
+#include "../mask_select/arguments.h"
+
+namespace persona {
+
+struct Kernels {
+  const char* name;
+  void (*activation_stats)(const StatsArguments&, std::int64_t, std::int64_t, std::uint8_t*);
+  Unordered (*mask_select)(const SelectArguments&, std::int64_t, std::int64_t);
+  Unordered (*mask_select_nm)(const SelectNmArguments&, std::int64_t, std::int64_t);
+  Unordered (*count_digits)(const Scores&, int, std::uint32_t, std::int64_t, std::int64_t, std::int64_t*,
+                            std::int32_t*);
+  Unordered (*count_equal)(const Scores&, float, std::int64_t, std::int64_t, std::int64_t*, std::int32_t*);
+  Unordered (*select_above)(const ThresholdArguments&, std::int64_t, std::int64_t);
+};
+
+/// Null where the compiler's target has no such instructions.
+extern const Kernels* const avx512_kernels;
+extern const Kernels* const avx2_kernels;
+extern const Kernels* const portable_kernels;
+
+/// The tables that this processor runs, the fastest first; ends with null.
+const Kernels* const* available_kernels();
+
+/// The table in use: the fastest, unless `use_kernels` named another.
+const Kernels& kernels();
+
+/// Use the named table; false if this processor or this build has none of that name.
+bool use_kernels(const char* name);
+
+}  // namespace persona

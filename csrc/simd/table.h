@@ -1,0 +1,18 @@
+// Fills the table of one instruction set; each source file of simd/ is compiled with its own flags.
+#pragma once
+
+#include "../activation_stats/kernel.h"
+#include "../mask_select/kernel.h"
+#include "../mask_select/nm.h"
+#include "../mask_select/threshold.h"
+#include "kernels.h"
+
+namespace persona {
+namespace {
+
+template <class V>
+constexpr Kernels table{V::name,         activation_stats<V>, mask_select<V>, mask_select_nm<V>,
+                        count_digits<V>, count_equal<V>,      select_above<V>};
+
+}  // namespace
+}  // namespace persona

@@ -1,0 +1,65 @@
+"""The compiled ops: loads ``kernels/_native.abi3.so`` once, and says why where it cannot.
+
+``PERSONA_ISA=portable|avx2|avx512`` forces the instruction set; by default it is the best that the CPU has.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import backends
+
+LIBRARY = Path(__file__).parent / "_native.abi3.so"
+ENVIRONMENT = "PERSONA_ISA"
+REBUILD = "run `make setup`, or `pip install --no-build-isolation -e .` with a C++ compiler"
+
+
+@functools.cache
+def problem() -> str | None:
+    """Loads the library; the reason and what to do if that failed, else None.
+
+    Raises BackendError if the environment forces an instruction set that is not there.
+    """
+    if not LIBRARY.exists():
+        return f"the native ops are not built; {REBUILD}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY.name} does not load into torch {torch.__version__} ({error}); {REBUILD}"
+    if forced := os.environ.get(ENVIRONMENT):
+        use_instruction_set(forced)
+    return None
+
+
+def register(op: str, function: Callable[..., Any]) -> None:
+    """Register ``function`` as the cpp backend of ``op``, or the reason why there is none."""
+    reason = problem()
+    if reason is None:
+        backends.register(op, "cpp", function, devices=("cpu",))
+    else:
+        backends.register_missing(op, "cpp", reason, devices=("cpu",))
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this build and this CPU have, the best first; empty without the library."""
+    return torch.ops.persona_native.instruction_sets().split() if problem() is None else []
+
+
+def use_instruction_set(name: str) -> None:
+    """Use ``name`` from now on, in every thread. Raises BackendError if this CPU or build lacks it."""
+    if not torch.ops.persona_native.use_instruction_set(name):
+        present = torch.ops.persona_native.instruction_sets().replace(" ", ", ")
+        raise backends.BackendError(f"{ENVIRONMENT}: {name!r} is not available; this CPU and build have {present}")
+
+
+def describe() -> str:
+    """One line: instruction set, torch version and flags of the build, or why there is none."""
+    reason = problem()
+    if reason is not None:
+        return f"missing: {reason}"
+    ops = torch.ops.persona_native
+    return f"instruction set {ops.instruction_set()} of {', '.join(instruction_sets())}; built with {ops.build_info()}"

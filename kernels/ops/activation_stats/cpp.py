@@ -1,0 +1,9 @@
+"""Activation statistics in C++ (``csrc/activation_stats``)."""
+
+import torch
+from torch import Tensor
+
+
+def activation_stats_cpp(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
+    """See ``kernels.ops.activation_stats``. float32 partial sums of at most 64 tokens, float64 above them."""
+    return torch.ops.persona_native.activation_stats(x, role, persona.contiguous(), sums)

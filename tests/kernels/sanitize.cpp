@@ -1,0 +1,152 @@
+// Runs every kernel of every instruction set on odd shapes, on buffers of exactly the size that the ops promise.
+// Built with ASan and UBSan by test_sanitizers.py; free of torch. Exits with 1 where a result is wrong.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "simd/kernels.h"
+
+using namespace persona;
+
+namespace {
+
+std::mt19937 generator(0);
+int failures = 0;
+
+void expect(bool condition, const char* what, const char* isa, std::int64_t columns) {
+  if (condition) return;
+  std::printf("%s: %s wrong at K = %lld\n", isa, what, static_cast<long long>(columns));
+  ++failures;
+}
+
+/// Normal values in the bytes of an element type; bfloat16 by truncation, float16 as small exact halves.
+struct Values {
+  std::vector<unsigned char> bytes;
+  std::vector<float> value;
+};
+
+template <class T>
+void append(std::vector<unsigned char>& bytes, T value) {
+  const auto* first = reinterpret_cast<const unsigned char*>(&value);
+  bytes.insert(bytes.end(), first, first + sizeof value);
+}
+
+Values draw(Element element, std::int64_t count) {
+  std::normal_distribution<float> normal;
+  Values result;
+  for (std::int64_t i = 0; i < count; ++i) {
+    float v = normal(generator);
+    std::uint32_t bits;
+    switch (element) {
+      case Element::f32: append(result.bytes, v); break;
+      case Element::f64: append(result.bytes, static_cast<double>(v)); break;
+      case Element::bf16:
+        std::memcpy(&bits, &v, 4);
+        append(result.bytes, static_cast<std::uint16_t>(bits >> 16));
+        bits &= 0xffff0000u;
+        std::memcpy(&v, &bits, 4);
+        break;
+      case Element::f16:
+        append(result.bytes, static_cast<std::uint16_t>(v < 0 ? 0xbc00 : 0x3c00));
+        v = v < 0 ? -1.0f : 1.0f;
+        break;
+    }
+    result.value.push_back(v);
+  }
+  return result;
+}
+
+void check_stats(const Kernels& k, Element element, std::int64_t batch, std::int64_t tokens, std::int64_t channels,
+                 std::int64_t step) {
+  const Values x = draw(element, batch * tokens * channels * step);
+  std::vector<std::int32_t> token;
+  std::vector<std::int64_t> counted, sink, persona;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    counted.push_back(static_cast<std::int64_t>(token.size()));
+    for (std::int64_t t = 1; t < tokens; ++t) token.push_back(static_cast<std::int32_t>(t));
+    sink.push_back(static_cast<std::int64_t>(token.size()));
+    if (tokens > 0) token.push_back(0);
+    persona.push_back(b % 2);
+  }
+  counted.push_back(static_cast<std::int64_t>(token.size()));
+  std::vector<double> sums(static_cast<std::size_t>(2 * 8 * channels), 0.0);
+  std::vector<std::uint8_t> bad(static_cast<std::size_t>(batch), 0);
+  const StatsArguments a{x.bytes.data(), element,
+                         batch,          {tokens * channels * step, channels * step, step},
+                         token.data(),   counted.data(),
+                         sink.data(),    persona.data(),
+                         sums.data(),    {8 * channels, channels, 1}};
+  k.activation_stats(a, 0, channels, bad.data());
+  for (std::int64_t c = 0; c < channels; ++c) {
+    double expected = 0, actual = 0;
+    for (std::int64_t b = 0; b < batch; ++b)
+      for (std::int64_t t = 1; t < tokens; ++t) {
+        const double v = x.value[static_cast<std::size_t>(((b * tokens + t) * channels + c) * step)];
+        expected += v * v;
+      }
+    for (int p = 0; p < 2; ++p) actual += sums[static_cast<std::size_t>((p * 8 + 2) * channels + c)];
+    expect(std::abs(actual - expected) <= 2e-6 * expected, "activation_stats", k.name, channels);
+  }
+}
+
+std::int64_t kept(const std::vector<std::uint8_t>& bits) {
+  std::int64_t count = 0;
+  for (std::uint8_t byte : bits) count += __builtin_popcount(byte);
+  return count;
+}
+
+void check_select(const Kernels& k, Element element, std::int64_t rows, std::int64_t columns, std::int64_t step) {
+  const std::int64_t padded = padded_columns(columns);
+  Values w = draw(element, rows * columns * step), second = draw(Element::f32, rows * columns);
+  std::vector<float> channel(static_cast<std::size_t>(padded), 0.0f);
+  for (std::int64_t c = 0; c < columns; ++c) channel[static_cast<std::size_t>(c)] = static_cast<float>(c % 5);
+  std::vector<std::int32_t> workspace(static_cast<std::size_t>(6 * padded));
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(rows * ((columns + 7) / 8)));
+  const Scores product{w.bytes.data(), element, columns * step, step, channel.data(), columns};
+  const Scores plain{w.bytes.data(), element, columns * step, step, nullptr, columns};
+  const Scores tiebreak{second.bytes.data(), Element::f32, columns, 1, nullptr, columns};
+  for (std::int64_t keep : {std::int64_t{0}, columns / 3, columns}) {
+    k.mask_select({product, nullptr, keep, bits.data(), workspace.data()}, 0, rows);
+    expect(kept(bits) == rows * keep, "mask_select", k.name, columns);
+    k.mask_select({plain, &tiebreak, keep, bits.data(), workspace.data()}, 0, rows);
+    expect(kept(bits) == rows * keep, "mask_select with tiebreak", k.name, columns);
+  }
+  for (int m : {2, 4, 8})
+    if (columns % m == 0) {
+      k.mask_select_nm({product, m / 2, m, bits.data(), workspace.data()}, 0, rows);
+      expect(kept(bits) == rows * columns / 2, "mask_select_nm", k.name, columns);
+    }
+  std::vector<std::int64_t> counts(2048, 0), equal(static_cast<std::size_t>(rows));
+  k.count_digits(plain, 0, 0, 0, rows, counts.data(), workspace.data());
+  std::int64_t total = 0;
+  for (std::int64_t count : counts) total += count;
+  expect(total == rows * columns, "count_digits", k.name, columns);
+  k.count_equal(plain, 1.0f, 0, rows, equal.data(), workspace.data());
+  k.select_above({plain, 1.0f, equal.data(), bits.data(), workspace.data()}, 0, rows);
+  std::int64_t expected = 0;
+  for (std::int64_t i = 0; i < rows * columns; ++i) expected += w.value[static_cast<std::size_t>(i * step)] >= 1.0f;
+  expect(kept(bits) == expected, "select_above", k.name, columns);
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
+    if (columns > 0) {
+      channel[static_cast<std::size_t>(columns - 1)] = bad;
+      const Unordered found = k.mask_select({product, nullptr, 0, bits.data(), workspace.data()}, 0, rows);
+      expect(found == Unordered::scores, "refusal", k.name, columns);
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* const* table = available_kernels(); *table != nullptr; ++table) {
+    std::printf("%s\n", (*table)->name);
+    for (Element element : {Element::f32, Element::bf16, Element::f16, Element::f64})
+      for (std::int64_t step : {1, 3})
+        for (std::int64_t columns : {1, 7, 8, 63, 64, 65, 577, 1056}) {
+          for (std::int64_t tokens : {0, 1, 2, 9, 75}) check_stats(**table, element, 3, tokens, columns, step);
+          check_select(**table, element, 5, columns, step);
+        }
+  }
+  return failures != 0;
+}

@@ -1,0 +1,107 @@
+"""Loading the native library: what runs, what is said when it is missing, and what PERSONA_BUILD forces."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import backends, native
+
+ROOT = Path(__file__).parents[2]
+NATIVE_OPS = ("activation_stats", "mask_select", "mask_select_scores", "mask_select_nm", "mask_select_threshold")
+needs_library = pytest.mark.skipif(native.problem() is not None, reason=native.describe())
+
+
+def start(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("op", NATIVE_OPS)
+def test_native_is_chosen(op):
+    assert backends.choose(op, "cpu") == "cpp"
+
+
+@needs_library
+def test_instruction_set_is_forced_by_the_environment():
+    code = (
+        "from kernels import native; native.problem(); import torch; print(torch.ops.persona_native.instruction_set())"
+    )
+    for name in native.instruction_sets():
+        assert start("-c", code, PERSONA_ISA=name).stdout.split() == [name]
+
+
+@needs_library
+def test_impossible_instruction_set_raises():
+    with pytest.raises(backends.BackendError, match="'neon' is not available; this CPU and build have .*portable"):
+        native.use_instruction_set("neon")
+    done = start("-c", "import kernels; kernels.mask_select", PERSONA_ISA="neon")
+    assert "PERSONA_ISA: 'neon' is not available" in done.stderr
+
+
+@needs_library
+def test_description_names_instruction_set_build_and_flags(isa):
+    line = native.describe()
+    assert f"instruction set {isa} of " in line
+    assert "built with torch 2." in line
+    assert "-O3" in line
+
+
+@pytest.fixture
+def missing(monkeypatch, tmp_path):
+    """A package whose library is not there, and no op registered yet."""
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.abi3.so")
+    monkeypatch.setattr(backends, "_OPS", {})
+    monkeypatch.setattr(backends, "_WARNED", set())
+    native.problem.cache_clear()
+    yield native.LIBRARY
+    native.problem.cache_clear()
+
+
+def test_missing_library_is_said_once_with_what_to_do(missing):
+    backends.register("op", "reference", lambda: "slow")
+    native.register("op", lambda: "fast")
+    with pytest.warns(UserWarning, match="op: backend 'cpp' is missing.*not built; run `make setup`") as heard:
+        chosen = [backends.choose("op", "cpu") for _ in range(2)]
+    assert chosen == ["reference", "reference"]
+    assert len(heard) == 1
+    assert native.instruction_sets() == []
+    assert native.describe().startswith("missing: the native ops are not built")
+
+
+def test_broken_library_is_reported(missing):
+    missing.write_bytes(b"not a library")
+    assert f"does not load into torch {torch.__version__}" in native.problem()
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("fast", "PERSONA_BUILD=fast: must be one of none, cpu, cuda"),
+        ("cpu", "PERSONA_BUILD=cpu cannot be built: there is no C++ compiler (nothing-of-the-sort)"),
+        ("cuda", "PERSONA_BUILD=cuda cannot be built: there is no C++ compiler (nothing-of-the-sort)"),
+    ],
+)
+def test_forced_and_impossible_build_ends_in_one_sentence(choice, message):
+    done = start("setup.py", "--name", PERSONA_BUILD=choice, CXX="nothing-of-the-sort")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("choice", "said"), [("none", False), ("", True)])
+def test_package_builds_without_native_ops(choice, said):
+    done = start("setup.py", "--name", PERSONA_BUILD=choice, CXX="nothing-of-the-sort")
+    assert done.returncode == 0, done.stderr
+    assert "persona-subnetworks" in done.stdout
+    assert ("the native ops are left out" in done.stderr) == said

@@ -1,0 +1,137 @@
+"""Activation statistics in C++ against the reference, for every instruction set."""
+
+import math
+
+import pytest
+import torch
+from oracles import DTYPES, assert_as_accurate, strided
+
+from kernels.ops.activation_stats import COUNTED, FIELDS, IGNORED, SINK
+from kernels.ops.activation_stats.cpp import activation_stats_cpp
+from kernels.ops.activation_stats.reference import activation_stats_reference
+
+SHAPES = [
+    (1, 1, 1),
+    (2, 9, 7),
+    (3, 17, 63),
+    (3, 70, 65),
+    (2, 131, 577),
+    (1, 3, 2048),
+    (2, 5, 2085),
+    (0, 4, 5),
+    (3, 0, 8),
+    (2, 5, 0),
+]
+PERSONAS = 4
+
+
+def batch_of(shape, dtype):
+    """Left padding of NaN, a sink, counted tokens with gaps; the last of three sequences holds no counted token."""
+    batch, tokens, _ = shape
+    x, role = torch.randn(shape).to(dtype), torch.full((batch, tokens), COUNTED, dtype=torch.uint8)
+    role[torch.rand(batch, tokens) < 0.2] = IGNORED
+    for b in range(batch):
+        start = min(b, tokens)
+        role[b, :start] = IGNORED
+        role[b, start : start + 1] = SINK
+    if batch == 3:
+        role[2] = IGNORED
+    x[role == IGNORED] = math.nan
+    return x, role, (torch.arange(batch) * 2) % PERSONAS
+
+
+def run(function, x, role, persona):
+    sums = torch.zeros(PERSONAS, len(FIELDS), x.shape[2], dtype=torch.float64)
+    return function(x, role, persona, sums), sums
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_the_reference(isa, shape, dtype):
+    x, role, persona = batch_of(shape, dtype)
+    _, plain = run(activation_stats_reference, x, role, persona)
+    _, oracle = run(activation_stats_reference, x.double(), role, persona)
+    spoiled, sums = run(activation_stats_cpp, x, role, persona)
+    assert spoiled.dtype == torch.bool
+    assert spoiled.tolist() == [False] * shape[0]
+    # The sums lie in float64 whatever x is: what is compared is the arithmetic in front of them. float64 x has no
+    # finer oracle than the reference itself.
+    rounding = 1e-14 if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+    for field, name in enumerate(FIELDS) if oracle.numel() else ():
+        expected = oracle[:, field]
+        allowed = 2 * (plain[:, field] - expected).abs().max() + rounding * expected.abs().max()
+        assert (sums[:, field] - expected).abs().max() <= allowed, name
+    assert sums.isfinite().all()
+
+
+def test_one_long_sequence(isa):
+    x = torch.randn(1, 4099, 96) + 1
+    role, persona = torch.full((1, 4099), COUNTED, dtype=torch.uint8), torch.tensor([1])
+    _, oracle = run(activation_stats_reference, x.double(), role, persona)
+    _, sums = run(activation_stats_cpp, x, role, persona)
+    torch.testing.assert_close(sums, oracle, rtol=2e-6, atol=0)
+    _, plain = run(activation_stats_reference, x, role, persona)
+    assert_as_accurate(sums[1], plain[1], oracle[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_runs_change_no_bit(isa, threads, dtype):
+    x, role, persona = batch_of((4, 257, 577), dtype)
+    results = []
+    for count in (1, 2, 3, 7, 1):
+        threads(count)
+        results.append(run(activation_stats_cpp, x, role, persona))
+    for spoiled, sums in results[1:]:
+        assert torch.equal(spoiled, results[0][0])
+        assert torch.equal(sums, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_layout_changes_no_bit(isa, dtype):
+    x, role, persona = batch_of((3, 33, 65), dtype)
+    _, expected = run(activation_stats_cpp, x, role, persona)
+    wide = torch.full((33, 3, 130), math.nan, dtype=dtype)
+    wide[..., ::2] = x.transpose(0, 1)
+    views = [
+        wide[..., ::2].transpose(0, 1),
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.cat([x, x], dim=2)[..., :65],
+        strided(x.nan_to_num()),
+    ]
+    for view in views:
+        sums = strided(torch.zeros(PERSONAS, len(FIELDS), 65, dtype=torch.float64))
+        activation_stats_cpp(view, strided(role), strided(persona), sums)
+        assert torch.equal(sums, expected)
+
+
+@pytest.mark.parametrize("column", [0, 31, 64, 2047, 2048, 2099])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e19])
+def test_bad_value_is_found_in_every_channel(isa, threads, bad, column):
+    threads(3)
+    x, role, persona = batch_of((4, 70, 2100), torch.float32)
+    x[2, (role[2] == COUNTED).nonzero()[-1], column] = bad
+    spoiled, _ = run(activation_stats_cpp, x, role, persona)
+    assert spoiled.tolist() == [False, False, True, False]
+
+
+def test_unknown_roles_are_ignored(isa):
+    x, role, persona = batch_of((1, 3, 5), torch.float32)
+    x[:], role[:] = math.nan, torch.tensor([3, 255, IGNORED])
+    spoiled, sums = run(activation_stats_cpp, x, role, persona)
+    assert not spoiled.any()
+    assert not sums.any()
+
+
+def test_direct_calls_are_checked():
+    op = torch.ops.persona_native.activation_stats
+    x, role, persona = batch_of((2, 3, 5), torch.float32)
+    sums = torch.zeros(PERSONAS, 8, 5, dtype=torch.float64)
+    for bad in (
+        (x[0], role, persona, sums),
+        (x, role[:, :2], persona, sums),
+        (x, role, persona + 9, sums),
+        (x, role, persona, sums[..., :4]),
+        (x.int(), role, persona, sums),
+    ):
+        with pytest.raises(RuntimeError):
+            op(*bad)
