@@ -1,5 +1,6 @@
 """Score every layer for every persona and select its weights."""
 
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -23,18 +24,23 @@ def build_masks(
     catalogue: Catalogue,
     config: CalibrateConfig,
     gradients: Gradients | None = None,
+    *,
+    only: str | None = None,
+    factor: Decimal = Decimal(1),
 ) -> tuple[PersonaMasks, dict[str, float]]:
-    """Masks of all personas of the catalogue; the first-order criteria need ``gradients``.
+    """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
-    Also returns, for ``--disjoint``, the share of a second pole's kept weights that overlap with the first's.
+    ``factor`` scales ``--sparsity``. Also returns, for ``--disjoint``, the share of a second pole's kept weights
+    that overlap with the first's.
     """
     stats = composed(stats, catalogue)
-    criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity)
+    criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
+    personas = [only] if only else catalogue.personas
     linears = find_linears(model, config.include, config.exclude)
     where = {linear: site.name for site in stats.sites for linear in site.linears}
     widths = {site.name: site.width for site in stats.sites}
     shapes: dict[str, tuple[int, int]] = {}
-    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in catalogue.personas}
+    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in personas}
     for name, module in linears.items():
         if name not in where:
             continue
@@ -43,7 +49,7 @@ def build_masks(
             raise UserError(f"layer {name} has {weight.shape[1]} inputs, the statistics have {widths[where[name]]}")
         shapes[name] = (weight.shape[0], weight.shape[1])
         channels: dict[str, ChannelStats] = {}
-        for persona in catalogue.personas:
+        for persona in personas:
             measured = NEUTRAL if config.criterion == "neutral" else persona
             opponent = catalogue.opponents.get(persona)
             for one in filter(None, (measured, opponent)):

@@ -16,10 +16,6 @@ DESCRIPTION = (
 )
 
 
-NEUTRAL_TEXTS = 64
-"""Neutral pairs that the gradient of neutral text is measured on."""
-
-
 def calibrate(config: CalibrateConfig) -> Path:
     """Run the whole calibration and return the output folder. Raises UserError.
 
@@ -54,6 +50,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     """The forward pass for the statistics and, where the criterion needs it, the backward pass for the gradients."""
     import lightning
 
+    from pipeline.budget import NEUTRAL_TEXTS
     from pipeline.calibration import StatisticsModule, run_pass
     from pipeline.data.catalogue import neutral_set
     from pipeline.data.forms import NEUTRAL
@@ -96,6 +93,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
+    from pipeline.budget import fit
     from pipeline.building import build_masks
     from pipeline.gradients import Gradients
     from pipeline.loading import load_model
@@ -104,8 +102,14 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     stats = load_statistics(staging / STATISTICS)
     model = load_model(config.model)
     gradients = Gradients(staging, catalogue) if config.criterion in FIRST_ORDER else None
-    masks, overlaps = build_masks(model, stats, catalogue, config, gradients)
+    fitted: dict[str, Any] = {}
+    overlaps: dict[str, float] = {}
+    if config.max_perplexity_increase:
+        masks, fitted = fit(model, stats, catalogue, config, gradients)
+    else:
+        masks, overlaps = build_masks(model, stats, catalogue, config, gradients)
     manifest = _manifest(config, catalogue, stats, masks, model)
+    manifest["sparsity"] |= fitted
     if overlaps:
         manifest["disjoint_overlap"] = overlaps
     save_masks(masks, staging, manifest)

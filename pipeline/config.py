@@ -50,6 +50,10 @@ class Sparsity:
                 default = value
         return cls(Decimal(0) if default is None else default, tuple(overrides))
 
+    def scaled(self, factor: Decimal) -> "Sparsity":
+        """Every share times ``factor``, in [0, 1]."""
+        return Sparsity(self.default * factor, tuple((name, value * factor) for name, value in self.overrides))
+
     def of(self, layer: str) -> Decimal:
         """The sparsity of a layer: the last override whose name is a part of the layer's dotted name."""
         chosen = self.default
@@ -83,6 +87,9 @@ class CalibrateConfig:
     sparsity: str = "0.02"
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
     first-order criteria work at 0.01 to 0.05 and remove at most so many; the paper's are meant for 0.2 to 0.6."""
+    max_perplexity_increase: float = 0.0
+    """Remove, for each persona, as large a part of --sparsity as raises the perplexity of neutral answers by at most
+    this share (0.05 is 5 %), found by bisection; 0 removes all of it whatever the cost."""
     activation: str = "softplus"
     """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
     temperature: float = 2.0
@@ -138,6 +145,9 @@ class CalibrateConfig:
         Sparsity.parse(self.sparsity)
         _at_least("temperature", self.temperature, 1e-6)
         _at_least("evidence", self.evidence, 0)
+        _at_least("max_perplexity_increase", self.max_perplexity_increase, 0)
+        if self.max_perplexity_increase and self.disjoint:
+            raise UserError("--max-perplexity-increase fits every persona alone, so it excludes --disjoint")
         _at_least("samples", self.samples, 0)
         _at_least("max_length", self.max_length, 2)
         _at_least("batch_tokens", self.batch_tokens, 1)

@@ -1,0 +1,108 @@
+"""Choose how much each persona's mask removes by what it may cost neutral text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial, reduce
+from operator import or_
+from typing import Any
+
+from pipeline.building import build_masks
+from pipeline.cli import note
+from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import neutral_set
+from pipeline.data.module import draw
+from pipeline.data.prompts import Encoded, Prompter
+from pipeline.errors import UserError
+from pipeline.likelihood import perplexity
+from pipeline.loading import load_tokenizer
+from pipeline.masks import PersonaMasks
+from pipeline.model import PersonaModel
+
+NEUTRAL_TEXTS = 64
+"""Neutral pairs that the gradient of neutral text is measured on; the others are for measuring the cost."""
+PROBES = 5
+"""Halvings of the interval: the share removed is found to 1/32 of ``--sparsity``."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A persona's masks, the factor on ``--sparsity`` that made them, and their relative rise in perplexity."""
+
+    masks: PersonaMasks
+    factor: Decimal
+    increase: float
+
+
+def fit(
+    model: Any, stats: Any, catalogue: Any, config: CalibrateConfig, gradients: Any
+) -> tuple[PersonaMasks, dict[str, dict[str, float]]]:
+    """Every persona's masks within the budget; and, for the manifest, their ``factor`` and ``perplexity_increase``."""
+    increase = neutral_cost(model, load_tokenizer(config.model), config)
+    found = {}
+    for persona in catalogue.personas:
+        build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona)
+        one = found[persona] = largest_within(
+            lambda factor, build=build: build(factor=factor)[0],  # type: ignore[misc]
+            increase,
+            config.max_perplexity_increase,
+        )
+        note(f"{persona}: {one.factor} of the sparsity, perplexity of neutral answers {one.increase:+.1%}")
+    return reduce(or_, (one.masks for one in found.values())), {
+        "factor": {persona: float(one.factor) for persona, one in found.items()},
+        "perplexity_increase": {persona: one.increase for persona, one in found.items()},
+    }
+
+
+def largest_within(
+    build: Callable[[Decimal], PersonaMasks], increase: Callable[[PersonaMasks], float], limit: float
+) -> Fitted:
+    """The largest factor in (0, 1] whose masks raise perplexity by at most ``limit``, by bisection.
+
+    Cost need not rise with every weight; what is returned has been measured to hold. Raises UserError if even
+    the smallest factor tried costs more.
+    """
+    low, high, best, seen = Decimal(0), Decimal(1), None, 0.0
+    factor = high
+    for _ in range(PROBES + 1):
+        masks = build(factor)
+        seen = increase(masks)
+        if seen <= limit:
+            low, best = factor, Fitted(masks, factor, seen)
+            if factor == 1:
+                break
+        else:
+            high = factor
+        factor = (low + high) / 2
+    if best is None:
+        persona = ", ".join(masks.personas)
+        raise UserError(
+            f"--max-perplexity-increase {limit}: {high} of --sparsity still raises the perplexity of {persona!r} "
+            f"by {seen:.1%}; lower --sparsity or --pool"
+        )
+    return best
+
+
+def neutral_cost(model: Any, tokenizer: Any, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:
+    """Measures the relative rise in perplexity under one persona's masks.
+
+    On the answers of the shipped neutral pairs that no gradient has seen, not on the texts of the evaluation.
+    """
+    items = neutral_set().split("calibration")
+    drawn = set(draw(items, min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS), config.seed))
+    prompter = Prompter(tokenizer)
+    texts = [prompter.encode(item.question, item.matching) for item in items if item not in drawn]
+    texts = [Encoded(t.ids[: config.max_length], t.answer, t.question) for t in texts if t.answer < config.max_length]
+    sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id}
+    base = perplexity(model, texts, **sizes)
+
+    def increase(masks: PersonaMasks) -> float:
+        masked = PersonaModel(model, masks)
+        try:
+            (persona,) = masks.personas
+            with masked.using(persona):
+                return perplexity(masked, texts, **sizes) / base - 1
+        finally:
+            masked.detach()
+
+    return increase
