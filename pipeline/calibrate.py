@@ -82,7 +82,9 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
         pad = tokenizer.pad_token_id
         data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
         note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
-        run_pass(config, StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS), data)
+        statistics = StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS)
+        run_pass(config, statistics, data)
+        statistics.raise_failure()
     if config.criterion in FIRST_ORDER:
         objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
         limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)

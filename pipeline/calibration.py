@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,20 @@ from pipeline.store import save_statistics
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
+FAILURE = "failure.txt"
+"""What went wrong in a pass, for the process that started it."""
+
+
 class StatisticsModule(lightning.LightningModule):
     """Measures the activation statistics of every persona in one forward-only pass.
 
     ``predict_step`` adds a batch to this rank's sums; at the end they are summed over the ranks in
     float64 and rank 0 writes them to ``target``.
+
+    What the user can mend (a UserError) does not leave a process of several as an exception: the others would be
+    killed in the middle of theirs, with tracebacks before the message. The rank notes it, measures no further, and
+    all ranks leave together; ``raise_failure`` is for the caller. The file ``FAILURE`` beside ``target`` carries it out
+    of forked processes, which take their attributes with them.
     """
 
     def __init__(self, config: CalibrateConfig, personas: tuple[str, ...], target: Path) -> None:
@@ -37,6 +48,7 @@ class StatisticsModule(lightning.LightningModule):
         self.model: Any = None
         self.collector: Collector | None = None
         self.tokens_done = 0
+        self.failure: str | None = None
 
     def configure_model(self) -> None:
         # Here and not in the constructor: the processes of a forked run must each load the model.
@@ -46,32 +58,59 @@ class StatisticsModule(lightning.LightningModule):
 
     def on_predict_start(self) -> None:
         spread_threads(self.trainer, self.device)
-        linears = find_linears(self.model, self.config.include, self.config.exclude)
-        check_causal(self.model, self.device)
-        sites, unused = find_sites(self.model, linears, self.device)
-        if self.trainer.is_global_zero:
-            _report_coverage(self.model, sites, unused)
-        # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
-        self.collector = Collector(self.model, ActivationStats.zeros(self.personas, sites, self.device))
+        with self._noting():
+            linears = find_linears(self.model, self.config.include, self.config.exclude)
+            check_causal(self.model, self.device)
+            sites, unused = find_sites(self.model, linears, self.device)
+            if self.trainer.is_global_zero:
+                _report_coverage(self.model, sites, unused)
+            # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
+            self.collector = Collector(self.model, ActivationStats.zeros(self.personas, sites, self.device))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        if not batch.sources:
+        if not batch.sources or self.failure is not None:
             return
         assert self.collector is not None
-        with self.collector.collecting(), self.collector.batch(batch.role, batch.persona, batch.sources):
+        with (
+            self._noting(),
+            self.collector.collecting(),
+            self.collector.batch(batch.role, batch.persona, batch.sources),
+        ):
             # The body without the output head: logits of a large vocabulary are of no use here.
             self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
         self.tokens_done += int(batch.attention.sum())
 
     def on_predict_end(self) -> None:
+        several = dist.is_available() and dist.is_initialized() and self.trainer.world_size > 1
+        if several:
+            told: list[str | None] = [None] * self.trainer.world_size
+            dist.all_gather_object(told, self.failure)
+            self.failure = next((text for text in told if text is not None), None)
+        if self.failure is not None:
+            if self.trainer.is_global_zero:
+                (self.target.parent / FAILURE).write_text(self.failure, encoding="utf-8")
+            return
         assert self.collector is not None
         stats = self.collector.stats
-        if dist.is_available() and dist.is_initialized() and self.trainer.world_size > 1:
+        if several:
             for tensor in (stats.counts, *stats.sums.values()):
                 dist.all_reduce(tensor)
         if self.trainer.is_global_zero:
             save_statistics(stats, self.target)
         self.trainer.strategy.barrier("statistics written")
+
+    def raise_failure(self) -> None:
+        """After the pass, in the process that started it: raise the UserError that a rank noted."""
+        told = self.target.parent / FAILURE
+        if failure := self.failure or (told.exists() and told.read_text(encoding="utf-8")):
+            raise UserError(failure)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.failure = str(error)
 
 
 class Throughput(TQDMProgressBar):

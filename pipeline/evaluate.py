@@ -104,7 +104,7 @@ def _run_all(
             states = []
             for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
                 if "prompt" in wanted:
-                    states.append(state("prompt", pole, pair, None, persona_prompt(pole)))
+                    states.append(state("prompt", pole, pair, None, persona_prompt(pole, pair.source)))
                 if "mask" in wanted:
                     own = state("own mask", pole, pair, pole)
                     states += [own, State("opponent mask", other, None, own.removed, own.perplexity, own.measured)]

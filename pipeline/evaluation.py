@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.catalogue import DICHOTOMIES, TYPES, Catalogue, PersonaSet, load_catalogue, shipped_set
+from pipeline.data.catalogue import DICHOTOMIES, TYPES, VOICES, Catalogue, PersonaSet, load_catalogue, shipped_set
 from pipeline.data.forms import Item
+from pipeline.data.voices import CHARACTERS, against_the_others, shipped_characters
 from pipeline.errors import UserError
 from pipeline.fingerprint import question_hash
 from pipeline.intervals import bootstrap_interval
@@ -66,7 +67,7 @@ def held_out(manifest: dict[str, Any], data: str, strict: bool, say: Callable[[s
     no items left or its personas are not in the run.
     """
     opponents: dict[str, str] = manifest["personas"]["opponents"]
-    sets = _from_data(data, opponents, strict, say) if data else _shipped(opponents)
+    sets = _from_data(data, opponents, strict, say) if data else _shipped(opponents, manifest["personas"]["sources"])
     if not sets:
         known = ", ".join(manifest["masks"])
         raise UserError(f"no held-out items are shipped for these personas ({known}); give --data PLUS/MINUS=SOURCE")
@@ -83,12 +84,15 @@ def held_out(manifest: dict[str, Any], data: str, strict: bool, say: Callable[[s
     return clean
 
 
-def _shipped(opponents: dict[str, str]) -> list[PersonaSet]:
+def _shipped(opponents: dict[str, str], sources: dict[str, str]) -> list[PersonaSet]:
     sets = []
     for name in DICHOTOMIES:
         plus, minus = name.split("-")
         if plus in opponents and opponents[plus] == minus:
             sets.append(shipped_set(name))
+    # By source: a user's own pirate is not the shipped one.
+    if CHARACTERS in sources.values():
+        sets += [one for one in against_the_others(shipped_characters()) if sources.get(one.plus) == CHARACTERS]
     for name in TYPES:
         # Each pair of opposite types once, from the introvert's side.
         if name[0] == "I" and name in opponents:
@@ -105,7 +109,7 @@ def type_items(name: str) -> Iterable[Item]:
 
 def _from_data(data: str, opponents: dict[str, str], strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
     parts = [p.strip() for p in data.split(",") if p.strip()]
-    if len(parts) == 1 and "=" not in parts[0] and len(opponents) == 2:
+    if len(parts) == 1 and "=" not in parts[0] and not parts[0].startswith(VOICES) and len(opponents) == 2:
         # One pair of personas, one file: no need to name them again.
         plus = next(iter(opponents))
         parts = [f"{plus}/{opponents[plus]}={parts[0]}"]

@@ -28,6 +28,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """What a persona may be called: it becomes a file name."""
 
 
+VOICES = "voices:"
+"""Marks a file in which one question has an answer per persona."""
+
 RESERVED = ("none", NEUTRAL)
 """The unmasked model in the chat, and the neutral set."""
 
@@ -83,6 +86,7 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
 
     ``personas`` is a comma-separated list of: ``dichotomies`` (the four shipped sets), ``types``
     (the sixteen types, united from them), a shipped set's name, a type such as ``INTJ``, or
+    ``characters`` (the four shipped voices), ``voices:FILE`` (a file of the voices form), or
     ``[PLUS[/MINUS]=]SOURCE`` with a file or hub id of the user's own. ``compose`` adds mixtures,
     ``NAME[/OPPOSITE]=0.7*introvert+0.3*thinking``.
     """
@@ -92,6 +96,8 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
             _add_sets(catalogue, *(shipped_set(name) for name in DICHOTOMIES))
         elif part in DICHOTOMIES:
             _add_sets(catalogue, shipped_set(part))
+        elif part == "characters" or part.startswith(VOICES):
+            _add_sets(catalogue, *_voices(part, strict, catalogue.problems))
         elif part == "types":
             for name in TYPES:
                 _add_type(catalogue, name)
@@ -133,8 +139,15 @@ def neutral_texts() -> tuple[str, ...]:
         return tuple(json.loads(line)["text"] for line in file)
 
 
-def persona_prompt(persona: str) -> str:
-    """The system prompt that asks for a persona in words: the baseline every mask has to beat."""
+def persona_prompt(persona: str, source: str = "") -> str:
+    """The system prompt that asks for a persona in words: the baseline every mask has to beat.
+
+    ``source`` is that of the persona's set: a user's own "robot" is not the shipped one.
+    """
+    from pipeline.data.voices import CHARACTERS, character_prompt
+
+    if source == CHARACTERS and not persona.startswith("not-"):
+        return character_prompt(persona)
     with open(str(shipped_path("prompts.json")), encoding="utf-8") as file:
         prompts = json.load(file)
     if persona in prompts:
@@ -171,6 +184,15 @@ def _own_sets(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
     elif has_names:
         raise UserError(f"{part}: the file names its personas itself ({', '.join(s.plus for s in sets)}); give no name")
     return sets
+
+
+def _voices(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
+    # Here and not above: the voices form builds on this module.
+    from pipeline.data.voices import against_the_others, load_voices, shipped_characters
+
+    voices = load_voices(part.removeprefix(VOICES), strict=strict) if part.startswith(VOICES) else shipped_characters()
+    problems += voices.problems
+    return against_the_others(voices)
 
 
 def _pair(loaded: Loaded, names: str, source: str) -> PersonaSet:

@@ -7,16 +7,20 @@ columns question, topic and split (the last two may be missing) and one column p
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.data.catalogue import check_name, shipped_path
-from pipeline.data.forms import RowError, split_field, text_field
+from pipeline.data.catalogue import PersonaSet, check_name, shipped_path
+from pipeline.data.forms import Item, RowError, split_field, text_field
 from pipeline.data.loader import read_rows
 from pipeline.errors import UserError
 
 COLUMNS = ("question", "topic", "split")
 """What is not a persona's column in a CSV file."""
+
+
+CHARACTERS = "characters"
+"""The shipped voices' name on a command line, and their source."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,36 @@ class VoiceSet:
 
 def shipped_characters() -> VoiceSet:
     """The four characters written for this project."""
-    return load_voices(str(shipped_path("characters.jsonl")), strict=True)
+    return replace(load_voices(str(shipped_path("characters.jsonl")), strict=True), source=CHARACTERS)
 
 
 def character_prompt(name: str) -> str:
     """The system prompt that asks for a shipped character; a file of its own, as users may call theirs "robot" too."""
     return json.loads(shipped_path("character-prompts.json").read_text(encoding="utf-8"))[name]
+
+
+def against_the_others(voices: VoiceSet) -> list[PersonaSet]:
+    """Every persona as a pair with all the others: ``pirate`` against ``not-pirate``.
+
+    Item i sets the persona's answer against one other's, in turn: each of the others is the opponent equally often.
+    """
+    sets = []
+    for name in voices.names:
+        others = [other for other in voices.names if other != name]
+        items = tuple(
+            Item(
+                item.question,
+                item.answers[name],
+                item.answers[others[number % len(others)]],
+                "pair",
+                topic=item.topic,
+                split=item.split,
+                source=item.source,
+            )
+            for number, item in enumerate(voices.items)
+        )
+        sets.append(PersonaSet(name, check_name(f"not-{name}"), items, voices.source))
+    return sets
 
 
 def load_voices(source: str, *, strict: bool = False) -> VoiceSet:

@@ -234,3 +234,28 @@ def test_evaluation_writes_records(place, run, tmp_path, capsys):
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
     assert evaluate.main([str(run)]) == 2
     assert "give --data" in capsys.readouterr().err
+
+
+def test_voices_from_file_to_records(place, tmp_path):
+    """Three voices in one file: each becomes a pair with the others, measured, masked and evaluated."""
+    rows = [
+        {
+            "question": f"Question number {i}?",
+            "split": "calibration" if i < 6 else "test",
+            "answers": {"dog": f"I bark {i}", "cat": f"I sleep {i}", "bird": f"I sing {i}"},
+        }
+        for i in range(10)
+    ]
+    voices = tmp_path / "voices.jsonl"
+    voices.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = command(place, tmp_path / "run", "--criterion", "wanda", "--sparsity", "0.3")
+    words[words.index("--personas") + 1] = f"voices:{voices}"
+    assert calibrate.main(words) == 0
+    assert set(load_masks(tmp_path / "run").personas) == {
+        prefix + name for name in ("dog", "cat", "bird") for prefix in ("", "not-")
+    }
+    options = ["--data", f"voices:{voices}", "--conditions", "mask", "--texts", "1", "--questions", "0"]
+    assert evaluate.main([str(tmp_path / "run"), *options, "--json", str(tmp_path / "e.json")]) == 0
+    records = json.loads((tmp_path / "e.json").read_text())["records"]
+    assert {r["pair"] for r in records} == {"dog/not-dog", "cat/not-cat", "bird/not-bird"}
+    assert {r["n"] for r in records} == {4}

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pipeline.data.voices import VoiceItem, load_voices
+from pipeline.data.catalogue import load_catalogue, persona_prompt
+from pipeline.data.voices import VoiceItem, against_the_others, character_prompt, load_voices, shipped_characters
 from pipeline.errors import UserError
 
 
@@ -134,3 +135,27 @@ def test_no_usable_row(write, content):
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_voices(str(tmp_path / "v.jsonl"))
+
+
+def test_every_persona_against_the_others_in_turn():
+    voices = shipped_characters()
+    for name, personas in zip(voices.names, against_the_others(voices), strict=True):
+        assert personas.poles == (name, f"not-{name}")
+        opponents = []
+        for told, item in zip(voices.items, personas.items, strict=True):
+            speaker = {answer: who for who, answer in told.answers.items()}
+            assert (item.question, item.split, speaker[item.matching]) == (told.question, told.split, name)
+            opponents.append(speaker[item.other])
+        counts = [opponents.count(other) for other in voices.names if other != name]
+        assert sum(counts) == len(voices.items)
+        assert max(counts) - min(counts) <= 1
+
+
+def test_voices_on_the_command_line(write):
+    shipped = load_catalogue("characters")
+    assert [s.plus for s in shipped.sets] == list(shipped_characters().names)
+    assert [len(s.split("calibration")) for s in shipped.sets] == [80] * 4
+    path = write("voices.jsonl", [row(n) for n in range(4)])
+    own = load_catalogue(f"voices:{path}")
+    assert own.opponents == {n: f"not-{n}" for n in row(0)["answers"]} | {f"not-{n}": n for n in row(0)["answers"]}
+    assert persona_prompt("pirate", "characters") == character_prompt("pirate") != persona_prompt("pirate")
