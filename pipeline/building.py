@@ -79,8 +79,7 @@ def build_masks(
 
 
 def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device) -> Slopes:
-    margin, error = gradients.of(persona, name)
-    return Slopes(margin.to(device), error.to(device), gradients.neutral(name).to(device))
+    return Slopes(*(tensor.to(device) for tensor in (*gradients.of(persona, name), *gradients.neutral(name))))
 
 
 def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:

@@ -19,16 +19,20 @@ from pipeline.stats import ChannelStats
 
 BLOCK = 128
 """Columns that SparseGPT prunes together (eq. 5)."""
+PRICES, HALVINGS = (0.25, 64.0), 6
+"""Nats of margin that a nat of neutral text is worth: the first price tried and the last, and how often the interval
+between them is then halved."""
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """First-order knowledge of one layer for one persona, float32 ``[N, K]`` each: the gradient of the persona's
-    margin, its standard error over items, and the gradient of the likelihood of neutral text."""
+    """What one layer's gradients say for one persona, float32 ``[N, K]`` each: the gradient of the persona's margin
+    and of the likelihood of neutral text, each with its standard error over items (0 throughout: unknown)."""
 
     margin: Tensor
     error: Tensor
     neutral: Tensor
+    neutral_error: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,27 +104,64 @@ def random_mask(layer: Layer) -> Tensor:
 
 
 def first_order(layer: Layer) -> Tensor:
-    """Gain per damage among what surely helps the margin and does not cost neutral text anything, to first order."""
-    slopes = _slopes(layer)
-    gain = scoring.first_order_gain(layer.weight, slopes.margin)
-    surely = gain > layer.evidence * layer.weight.float().abs() * slopes.error
-    harmless = scoring.first_order_gain(layer.weight, slopes.neutral) > 0
-    return _signed(layer, scoring.gain_per_damage, layer.pool, surely & harmless)
+    """Gain per damage among what surely helps the margin, such that neutral text as a whole is left as it is.
+
+    Removal changes the likelihood of neutral text too, to first order; the layer's removed weights together must not.
+    That change enters the gain at the price that brings it to zero. Demanded of every single weight instead, the
+    condition pulls the model towards the style of the neutral texts, and generated text suffers (docs/experiments.md).
+    The damage is the second-order cost to neutral text; where one batch left its spread unknown, the disturbance.
+    """
+    weight, slopes = layer.weight, _slopes(layer)
+    gain = scoring.first_order_gain(weight, slopes.margin)
+    change = scoring.first_order_gain(weight, slopes.neutral)
+    eligible = gain > layer.evidence * weight.float().abs() * slopes.error
+    if layer.pool < 1:
+        eligible &= least_important(weight, _rms(layer), layer.pool)
+    if slopes.neutral_error.any():
+        damage = scoring.likelihood_damage(weight, slopes.neutral_error)
+    else:
+        damage = scoring.disturbance(weight, _rms(layer))
+
+    def removed(price: float) -> Tensor:
+        worth = gain + price * change
+        return _best(scoring.gain_per_damage(worth, damage), eligible & (worth > 0), layer)
+
+    return pack_bits(~_balanced(removed, change))
+
+
+def _balanced(removed: Callable[[float], Tensor], change: Tensor) -> Tensor:
+    """The removed weights at the price where the sum of their ``change`` passes through zero, by bisection.
+
+    The sum rises with the price. Of the two sides it takes the one beyond zero, or the highest price tried.
+    """
+
+    def total(price: float) -> float:
+        return float(change[removed(price)].double().sum())
+
+    sign = -1.0 if total(0.0) > 0 else 1.0
+    low, high = 0.0, PRICES[0]
+    while sign * total(sign * high) < 0 and high < PRICES[1]:
+        low, high = high, 2 * high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sign * total(sign * middle) < 0 else (low, middle)
+    return removed(sign * high)
 
 
 def first_order_damage(layer: Layer) -> Tensor:
-    """Gain per damage: within a row's least important ``pool``, remove what helps the margin most for its damage."""
-    return _signed(layer, scoring.gain_per_damage, layer.pool)
+    """Gain per disturbance: within a row's least important ``pool``, remove what helps the margin most for it."""
+    gain = scoring.first_order_gain(layer.weight, _slopes(layer).margin)
+    return _signed(layer, scoring.gain_per_damage(gain, scoring.disturbance(layer.weight, _rms(layer))), layer.pool)
 
 
 def first_order_pool(layer: Layer) -> Tensor:
     """Gain: within a row's least important ``pool``, remove what helps the margin most."""
-    return _signed(layer, lambda w, g, rms: scoring.first_order_gain(w, g), layer.pool)
+    return _signed(layer, scoring.first_order_gain(layer.weight, _slopes(layer).margin), layer.pool)
 
 
 def first_order_gate(layer: Layer) -> Tensor:
-    """Damage: among all weights whose removal helps the margin, remove the least important."""
-    return _signed(layer, lambda w, g, rms: -(w.float().abs() * rms), pool=1.0)
+    """Disturbance: among all weights whose removal helps the margin, remove the least important."""
+    return _signed(layer, -scoring.disturbance(layer.weight, _rms(layer)), pool=1.0)
 
 
 def _slopes(layer: Layer) -> Slopes:
@@ -129,24 +170,26 @@ def _slopes(layer: Layer) -> Slopes:
     return layer.slopes
 
 
-def _signed(
-    layer: Layer, rank: Callable[[Tensor, Tensor, Tensor], Tensor], pool: float, allowed: Tensor | None = None
-) -> Tensor:
-    """Remove up to ``K - keep`` weights a row, best ``rank`` first, among those in the pool with a positive gain.
+def _signed(layer: Layer, rank: Tensor, pool: float) -> Tensor:
+    """Remove the best of the weights in the pool that have a positive gain.
 
-    A row with fewer such weights loses fewer. The importance that the pool goes by is ``|W| rms``, over the
-    counted positions of both poles. ``allowed`` (bool ``[N, K]``) narrows the choice further.
+    The importance that the pool goes by is ``|W| rms``, over the counted positions of both poles.
     """
-    weight, columns, gradient = layer.weight, layer.weight.shape[1], _slopes(layer).margin
-    rms = pooled_rms(layer.own, _opponent(layer))
-    eligible = scoring.first_order_gain(weight, gradient) > 0
-    if allowed is not None:
-        eligible &= allowed
+    eligible = scoring.first_order_gain(layer.weight, _slopes(layer).margin) > 0
     if pool < 1:
-        eligible &= least_important(weight, rms, pool)
-    scores = rank(weight, gradient, rms).masked_fill(~eligible, -torch.inf)
-    removed = unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible
-    return pack_bits(~removed)
+        eligible &= least_important(layer.weight, _rms(layer), pool)
+    return pack_bits(~_best(rank, eligible, layer))
+
+
+def _best(rank: Tensor, eligible: Tensor, layer: Layer) -> Tensor:
+    """Up to ``K - keep`` eligible weights of every row, highest ``rank`` first, bool ``[N, K]``."""
+    columns = rank.shape[1]
+    scores = rank.masked_fill(~eligible, -torch.inf)
+    return unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible
+
+
+def _rms(layer: Layer) -> Tensor:
+    return pooled_rms(layer.own, _opponent(layer))
 
 
 def pooled_rms(own: ChannelStats, other: ChannelStats) -> Tensor:

@@ -1,6 +1,7 @@
 """Criteria against slow oracles that spell the formulas out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def stats(zero=False):
 
 
 def layer(keep=60, **options):
-    slopes = Slopes(torch.randn(N, K), torch.rand(N, K), torch.randn(N, K))
+    slopes = Slopes(torch.randn(N, K), torch.rand(N, K), torch.randn(N, K), torch.rand(N, K))
     defaults = {"own": stats(), "other": stats(), "slopes": slopes}
     return Layer("layer", torch.randn(N, K), "p", keep=keep, **(defaults | options))
 
@@ -95,28 +96,51 @@ def eligible(case, pool):
     return cheap & (case.weight * case.slopes.margin < 0), rms.float()
 
 
-@pytest.mark.parametrize("name", ["first-order", "first-order-damage", "first-order-pool", "first-order-gate"])
-def test_first_order(name):
-    count = 6 if name == "first-order" else 12
-    case = layer(keep=K - count)
+@pytest.mark.parametrize("name", ["first-order-damage", "first-order-pool", "first-order-gate"])
+def test_plain_first_order(name):
+    case = layer(keep=K - 12)
     w, g = case.weight, case.slopes.margin
     allowed, rms = eligible(case, 1.0 if name.endswith("gate") else case.pool)
-    if name == "first-order":
-        allowed &= (g.abs() > case.slopes.error) & (w * case.slopes.neutral < 0)
-    by_damage = lambda i, j: (g[i, j].abs() / (w[i, j].abs() * rms[j].square())).item()  # noqa: E731
     rank = {
-        "first-order": by_damage,
-        "first-order-damage": by_damage,
+        "first-order-damage": lambda i, j: (g[i, j].abs() / (w[i, j].abs() * rms[j].square())).item(),
         "first-order-pool": lambda i, j: (-w[i, j] * g[i, j]).item(),
         "first-order-gate": lambda i, j: -(w[i, j].abs() * rms[j]).item(),
     }[name]
     scores = each(lambda i, j: rank(i, j) if allowed[i, j] else -math.inf)
     removed = ~mask(name, case)
-    assert torch.equal(removed, top(scores, count) & allowed)
-    assert removed.any(1).all()
-    if name != "first-order":
-        assert removed.sum(1).tolist() == [count] * N
+    assert torch.equal(removed, top(scores, 12) & allowed)
+    assert removed.sum(1).tolist() == [12] * N
     assert (w * g)[removed].max() < 0
+
+
+@pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_first_order_leaves_neutral_text_as_it_is(spread, side):
+    """A loop over prices finds the same weights; at price 0 they would move neutral text to one side."""
+    case = layer(keep=K - 6, evidence=0.5)
+    slopes = case.slopes
+    slopes = replace(slopes, neutral=slopes.neutral + side * 0.5 * slopes.margin)
+    case = replace(case, slopes=slopes if spread else replace(slopes, neutral_error=torch.zeros(N, K)))
+    w, g, n = case.weight.double(), case.slopes.margin.double(), case.slopes.neutral.double()
+    allowed, rms = eligible(case, case.pool)
+    allowed &= g.abs() > 0.5 * case.slopes.error
+    damage = (w * case.slopes.neutral_error).square() if spread else (w * rms).square()
+    floor = damage.mean() / 1000 if spread else 0.0
+
+    def removed(price):
+        worth = -w * (g + price * n)
+        fit = allowed & (worth > 0)
+        return top(each(lambda i, j: (worth / (damage + floor))[i, j].item() if fit[i, j] else -math.inf), 6) & fit
+
+    def change(chosen):
+        return (-w * n)[chosen].sum().item()
+
+    assert side * change(removed(0.0)) > 0
+    got = ~mask("first-order", case)
+    assert side * change(got) <= 0
+    # Below a price of 0.5 it is found to 1/256, up to 1 to 1/128; one step less is still on the other side.
+    steps = [(-side * k * w, -side * (k - 1) * w) for w in (1 / 256, 1 / 128) for k in range(1, 129)]
+    assert any(torch.equal(removed(price), got) and side * change(removed(less)) >= 0 for price, less in steps)
 
 
 def test_first_order_removes_only_what_helps():

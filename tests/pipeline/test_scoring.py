@@ -25,7 +25,8 @@ def channels(width=K, **given):
 
 def layer(keep=100, width=K, **options):
     weight = options.pop("weight", None)
-    slopes = Slopes(torch.randn(N, width), torch.rand(N, width), torch.randn(N, width))
+    margin, error, neutral = torch.randn(N, width), torch.rand(N, width), torch.randn(N, width)
+    slopes = Slopes(margin, error, neutral, torch.rand(N, width))
     given = {"own": channels(width), "other": channels(width), "slopes": slopes} | options
     return Layer("l", torch.randn(N, width) if weight is None else weight, "p", keep=keep, **given)
 
@@ -80,13 +81,23 @@ def test_contrast_of_channels_that_never_vary():
 def test_first_order_scores():
     w, g, rms = torch.randn(3, 4), torch.randn(3, 4), torch.rand(4) + 0.1
     w[1, 2] = 0
-    gain, ratio = scoring.first_order_gain(w, g), scoring.gain_per_damage(w, g, rms)
+    gain = scoring.first_order_gain(w, g)
+    ratio = scoring.gain_per_damage(gain, scoring.disturbance(w, rms))
+    assert ratio[1, 2] == 0
     for i in range(3):
         for j in range(4):
             assert gain[i, j].item() == pytest.approx(-w[i, j].item() * g[i, j].item())
-            # Gain over squared disturbance is |w g| / (w rms)^2.
             damage = (w[i, j].item() * rms[j].item()) ** 2
-            assert ratio[i, j].item() == pytest.approx(abs(w[i, j].item() * g[i, j].item()) / damage if damage else 0)
+            assert ratio[i, j].item() == pytest.approx(gain[i, j].item() / damage if damage else 0)
+
+
+def test_likelihood_damage():
+    w, error = torch.randn(3, 4), torch.rand(3, 4)
+    square = [[(w[i, j].item() * error[i, j].item()) ** 2 for j in range(4)] for i in range(3)]
+    floor = sum(map(sum, square)) / 12 / 1000
+    got = scoring.likelihood_damage(w, error).tolist()
+    assert [v for row in got for v in row] == pytest.approx([v + floor for row in square for v in row])
+    assert (scoring.likelihood_damage(w, torch.zeros(3, 4)) == 0).all()
 
 
 def test_contrastive_sparse_keeps_its_own_first():
