@@ -82,8 +82,8 @@ class CalibrateConfig:
     """Comma-separated mixtures of measured personas, NAME[/OPPOSITE]=0.7*introvert+0.3*thinking; masks are then made
     for the mixtures (and types), not for their parts."""
     criterion: str = "first-order"
-    """Ours, signed by one backward pass: first-order (gain per damage among what surely helps and does not cost
-    neutral text), and its plainer forms first-order-damage, first-order-pool, first-order-gate. The paper's: wanda,
+    """Ours, signed by one backward pass: first-order (gain per damage to neutral text among what surely helps), and
+    its plainer forms first-order-damage, first-order-pool, first-order-gate. The paper's: wanda,
     sparse, contrastive-wanda, contrastive-sparse. Controls: magnitude, random, neutral."""
     sparsity: str = "0.02"
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
