@@ -24,6 +24,8 @@ CRITERIA = (
 FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
+CONDITIONS = ("prompt", "rag", "mask", "prompt+mask", "random")
+"""What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,11 @@ class EvaluateConfig:
     bootstrap: int = 2000
     """Resamples for the 95 % intervals."""
     conditions: str = "prompt,mask,random"
-    """What to compare with the unmasked model: persona prompt, the masks (own and opponent's), random masks."""
+    """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest
+    calibration items as earlier turns of the chat), mask (own and opponent's), prompt+mask (both at once), random
+    (random masks)."""
+    shots: int = 3
+    """rag: how many calibration items stand before a question."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True
@@ -213,13 +219,18 @@ class EvaluateConfig:
         self.json = Path(self.json) if self.json else None
         _one_of("precision", self.precision, PRECISIONS)
         check_gamma(self.gamma)
-        for condition in self.conditions.split(","):
-            _one_of("conditions", condition.strip(), ("prompt", "mask", "random"))
+        for condition in self.wanted:
+            _one_of("conditions", condition, CONDITIONS)
         for name in ("samples", "questions", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("batch_tokens", "bootstrap", "draws"):
+        for name in ("batch_tokens", "bootstrap", "draws", "shots"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The names in ``conditions``, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.conditions.split(",")))
 
 
 @dataclass

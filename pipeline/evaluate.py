@@ -23,6 +23,7 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     """Run the evaluation; prints the tables, writes the plot and, if asked, the JSON. Returns the records."""
     import torch
 
+    from pipeline.conditions import Ground
     from pipeline.data.prompts import Prompter
     from pipeline.evaluation import held_out
     from pipeline.loading import pick_device
@@ -37,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=pick_device(config.device))
     prompter = Prompter(model.tokenizer)
     limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
-    records, contrasts = _run_all(model, prompter, pairs, limits, config)
+    records, contrasts = _run_all(Ground(model, prompter, limits, config), pairs)
     answers = _answers(model, prompter, pairs[0], config) if config.questions else []
     criterion = manifest["criterion"]
     print_table(records, contrasts, criterion)
@@ -68,54 +69,59 @@ def _chosen(pairs: list[Any], config: EvaluateConfig) -> list[Any]:
     return [PersonaSet(p.plus, p.minus, tuple(draw(p.items, config.samples, config.seed)), p.source) for p in pairs]
 
 
-def _run_all(
-    model: Any, prompter: Any, pairs: Sequence[Any], limits: Any, config: EvaluateConfig
-) -> tuple[list[Any], list[Any]]:
+def _run_all(ground: Any, pairs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The records and contrasts of every pair, under every condition asked for."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from pipeline.controls import add_random
-    from pipeline.data.catalogue import neutral_texts, persona_prompt
-    from pipeline.evaluation import State, contrasts_of, measure_state, place, records_of
-    from pipeline.likelihood import perplexity
+    from pipeline.conditions import UNMASKED, settings
+    from pipeline.data.catalogue import neutral_texts
+    from pipeline.evaluation import contrasts_of, place, records_of
 
-    texts = [prompter.encode("", text) for text in neutral_texts()[: config.texts or None]]
+    config, wanted = ground.config, ground.config.wanted
+    texts = ground.limits.cut([ground.prompter.encode("", text) for text in neutral_texts()[: config.texts or None]])
     costs: dict[str | None, float] = {}
-
-    def cost(persona: str | None) -> float:
-        if persona not in costs:
-            costs[persona] = perplexity(model, limits.cut(texts), batch_tokens=limits.batch_tokens, pad=limits.pad)
-        return costs[persona]
-
-    def state(condition: str, pole: str, pair: Any, mask: str | None, system: str | None = None) -> Any:
-        with model.using(mask, config.gamma if mask else 0.0):
-            measured = measure_state(model.model, prompter, pair, options=config.options, system=system, limits=limits)
-            removed = 1 - model.masks.density(mask) if mask else 0.0
-            return State(condition, pole, system, removed, cost(mask), measured)
-
-    wanted = [c.strip() for c in config.conditions.split(",")]
     records, contrasts = [], []
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("evaluating", total=(1 + 2 * len(wanted)) * len(pairs))
+        task = progress.add_task("evaluating", total=(1 + len(wanted)) * len(pairs))
         for pair in pairs:
-            base = state("unmasked", "", pair, None)
+            base = _measure(ground, pair, UNMASKED, texts, costs)
             progress.advance(task)
-            controls = add_random(model, config.run, pair, config.draws, config.seed) if "random" in wanted else []
             states = []
-            for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
-                if "prompt" in wanted:
-                    states.append(state("prompt", pole, pair, None, persona_prompt(pole, pair.source)))
-                if "mask" in wanted:
-                    own = state("own mask", pole, pair, pole)
-                    states += [own, State("opponent mask", other, None, own.removed, own.perplexity, own.measured)]
-                for number, names in enumerate(controls, 1):
-                    condition = "random mask" if number == 1 else f"random mask {number}"
-                    states.append(state(condition, pole, pair, names[pole]))
-                progress.advance(task, len(wanted))
+            for name in wanted:
+                for setting in settings(name, ground, pair):
+                    states.append(_measure(ground, pair, setting, texts, costs))
+                    if name == "mask":
+                        states.append(_from_the_other_side(states[-1], pair))
+                progress.advance(task)
             options = {"resamples": config.bootstrap, "seed": config.seed}
-            records += records_of(pair, base, states, criterion=model.masks.manifest["criterion"], **options)
+            criterion = ground.model.masks.manifest["criterion"]
+            records += records_of(pair, base, states, criterion=criterion, **options)
             contrasts += contrasts_of(pair, base, states, **options)
     return sorted(records, key=lambda r: (r.pair, r.form, place(r.condition))), contrasts
+
+
+def _measure(ground: Any, pair: Any, setting: Any, texts: Sequence[Any], costs: dict[str | None, float]) -> Any:
+    """The state of the model under one setting; what neutral text costs there is kept in ``costs`` by mask."""
+    from pipeline.conditions import applied
+    from pipeline.evaluation import State, measure_state
+    from pipeline.likelihood import perplexity
+
+    model, limits, mask = ground.model, ground.limits, setting.mask
+    words = {"system": setting.system, "earlier": setting.earlier}
+    with applied(ground, setting):
+        options = ground.config.options
+        measured = measure_state(model.model, ground.prompter, pair, options=options, limits=limits, **words)
+        if mask not in costs:
+            costs[mask] = perplexity(model, texts, batch_tokens=limits.batch_tokens, pad=limits.pad)
+    removed = 1 - model.masks.density(mask) if mask else 0.0
+    return State(setting.condition, setting.persona, setting.system, removed, costs[mask], measured)
+
+
+def _from_the_other_side(state: Any, pair: Any) -> Any:
+    """The same state as the opponent sees it."""
+    opponent = pair.minus if state.persona == pair.plus else pair.plus
+    return dataclasses.replace(state, condition="opponent mask", persona=opponent, system=None)
 
 
 def _answers(model: Any, prompter: Any, pair: Any, config: EvaluateConfig) -> list[dict[str, Any]]:

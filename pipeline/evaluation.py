@@ -12,17 +12,30 @@ from pipeline.data.voices import CHARACTERS, against_the_others, shipped_charact
 from pipeline.errors import UserError
 from pipeline.fingerprint import question_hash
 from pipeline.intervals import bootstrap_interval
-from pipeline.protocol import STATEMENT, Margins, forms_of, margins
+from pipeline.protocol import STATEMENT, Earlier, Margins, forms_of, margins
 
 SCHEMA = "persona-subnetworks/evaluation"
 SCHEMA_VERSION = 1
-CONDITIONS = ("unmasked", "prompt", "own mask", "opponent mask", "random mask")
-"""Further draws of a random mask are called "random mask 2" and so on."""
+CONDITIONS = (
+    "unmasked",
+    "prompt",
+    "in context",
+    "steering vector",
+    "own mask",
+    "prompt and mask",
+    "opponent mask",
+    "neutral mask",
+    "random mask",
+    "other mask",
+)
+"""Further draws of a random mask are called "random mask 2" and so on, other masks "other mask: NAME"."""
 
 
 def place(condition: str) -> tuple[int, str]:
     """Sorts conditions as they are shown."""
-    return next(i for i, known in enumerate(CONDITIONS) if condition.startswith(known)), condition
+    # The longest that fits: "prompt and mask" begins with "prompt".
+    known = max((c for c in CONDITIONS if condition.startswith(c)), key=len)
+    return CONDITIONS.index(known), condition
 
 
 @dataclass(frozen=True)
@@ -124,12 +137,20 @@ def _from_data(data: str, opponents: dict[str, str], strict: bool, say: Callable
 
 
 def measure_state(
-    model: Any, prompter: Any, pair: PersonaSet, *, options: bool, system: str | None, limits: Any
+    model: Any,
+    prompter: Any,
+    pair: PersonaSet,
+    *,
+    options: bool,
+    system: str | None,
+    limits: Any,
+    earlier: Earlier | None = None,
 ) -> dict[str, Margins]:
     """Margins of a pair's items in every form, under the model as it is now."""
     items: Sequence[Item] = pair.items
     return {
-        form: margins(model, prompter, items, form, system=system, limits=limits) for form in forms_of(items, options)
+        form: margins(model, prompter, items, form, system=system, limits=limits, earlier=earlier)
+        for form in forms_of(items, options)
     }
 
 

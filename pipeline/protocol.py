@@ -4,14 +4,17 @@ A margin is the log-probability of the first pole's answer minus the other pole'
 accuracy is the share of items whose margin has its sign.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.forms import Item
-from pipeline.data.prompts import Encoded, Prompter
+from pipeline.data.prompts import Encoded, Prompter, Turn
 from pipeline.intervals import auc
 from pipeline.likelihood import answer_scores
+
+Earlier = Callable[[str], Sequence[Turn]]
+"""Gives a question the turns of the chat that come before it."""
 
 FREE, OPTIONS, STATEMENT = "free", "options", "statement"
 """Forms of scoring: the answers themselves; the letter after both options were shown, averaged over both
@@ -72,15 +75,23 @@ def forms_of(items: Sequence[Item], options: bool) -> list[str]:
 
 
 def margins(
-    model: Any, prompter: Prompter, items: Sequence[Item], form: str, *, system: str | None, limits: "Limits"
+    model: Any,
+    prompter: Prompter,
+    items: Sequence[Item],
+    form: str,
+    *,
+    system: str | None,
+    limits: "Limits",
+    earlier: Earlier | None = None,
 ) -> Margins:
-    """Score every item under the model as it is now, with an optional system prompt."""
+    """Score every item under the model as it is now, with an optional system prompt and earlier turns."""
     if form == OPTIONS:
-        return _option_margins(model, prompter, items, system, limits)
+        return _option_margins(model, prompter, items, system, limits, earlier)
     sequences = []
     for item in items:
         assert item.other is not None
-        sequences += [prompter.encode(item.question, answer, system) for answer in (item.matching, item.other)]
+        turns = earlier(item.question) if earlier else ()
+        sequences += [prompter.encode(item.question, answer, system, turns) for answer in (item.matching, item.other)]
     scores = answer_scores(model, limits.cut(sequences), batch_tokens=limits.batch_tokens, pad=limits.pad)
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
     return Margins(
@@ -115,15 +126,21 @@ class Limits:
 
 
 def _option_margins(
-    model: Any, prompter: Prompter, items: Sequence[Item], system: str | None, limits: Limits
+    model: Any,
+    prompter: Prompter,
+    items: Sequence[Item],
+    system: str | None,
+    limits: Limits,
+    earlier: Earlier | None,
 ) -> Margins:
     """Each item in both orders; the margin is the mean of the two, so a liking for one letter cancels."""
     sequences = []
     for item in items:
         assert item.other is not None
+        turns = earlier(item.question) if earlier else ()
         for first, second in ((item.matching, item.other), (item.other, item.matching)):
             question = f"{item.question}\nA: {first}\nB: {second}\nAnswer with the letter A or B."
-            sequences += [prompter.encode(question, letter, system) for letter in "AB"]
+            sequences += [prompter.encode(question, letter, system, turns) for letter in "AB"]
     scores = answer_scores(model, limits.cut(sequences), batch_tokens=limits.batch_tokens, pad=limits.pad)
     totals = [s.total for s in scores]
     quads = [totals[i : i + 4] for i in range(0, len(totals), 4)]
