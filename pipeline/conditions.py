@@ -5,17 +5,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.baselines.retrieval import examples
+from pipeline.baselines.steering import (
+    HIGHEST,
+    Steering,
+    Strength,
+    contrast,
+    decoder_blocks,
+    match,
+    parse_layers,
+    steered,
+)
 from pipeline.calibrated import calibration_items
+from pipeline.cli import note
 from pipeline.config import EvaluateConfig
 from pipeline.controls import add_random
 from pipeline.data.catalogue import PersonaSet, persona_prompt
-from pipeline.protocol import Earlier, Limits
+from pipeline.data.forms import Item
+from pipeline.data.module import draw
+from pipeline.protocol import Earlier, Limits, forms_of, margins
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A state of the model and what stands before a question; without mask, system prompt and turns the base model.
+    """A state of the model (mask, vector) and what stands before a question; without all of them the base model.
 
     ``persona`` is the pole that it speaks for, "" for both.
     """
@@ -25,9 +40,13 @@ class Setting:
     mask: str | None = None
     system: str | None = None
     earlier: Earlier | None = None
+    steering: Steering | None = None
 
 
 UNMASKED = Setting("unmasked", "")
+NOTHING_ADDED = Steering({}, Strength(0.0, 0.0, 0.0, True))
+MATCHING_ITEMS = 24
+"""Calibration items on which a vector's strength is matched with a mask."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,11 @@ class Ground:
 @contextmanager
 def applied(ground: Ground, setting: Setting) -> Iterator[None]:
     """The model as the setting says, for the time of a block; words are up to who asks."""
-    with ground.model.using(setting.mask, ground.config.gamma if setting.mask else 0.0):
+    added = setting.steering or NOTHING_ADDED
+    with (
+        ground.model.using(setting.mask, ground.config.gamma if setting.mask else 0.0),
+        steered(ground.model.model, added.vectors, added.strength.value),
+    ):
         yield
 
 
@@ -70,6 +93,46 @@ def _in_context(ground: Ground, pair: PersonaSet) -> list[Setting]:
     ]
 
 
+def _steering(ground: Ground, pair: PersonaSet) -> list[Setting]:
+    """Both poles' vectors, each so strong that it shifts the calibration items' margin as the pole's mask does."""
+    model, limits = ground.model, ground.limits
+    items = calibration_items(model.masks.manifest, pair.plus)
+    layers = parse_layers(ground.config.steering_layers, len(decoder_blocks(model.model)))
+    sides = (items, [item.swapped() for item in items])
+    own, other = (limits.cut([ground.prompter.encode(i.question, i.matching) for i in side]) for side in sides)
+    vectors = contrast(model.model, own, other, layers, batch_tokens=limits.batch_tokens, pad=limits.pad)
+    turned = {layer: -vector for layer, vector in vectors.items()}
+    return [
+        Setting("steering vector", pole, steering=_matched(ground, pole, side, towards))
+        for (pole, _), side, towards in zip(poles(pair), sides, (vectors, turned), strict=True)
+    ]
+
+
+def _matched(ground: Ground, pole: str, items: list[Item], vectors: dict[int, Tensor]) -> Steering:
+    """``items`` are seen from the pole's side."""
+    few = draw(items, MATCHING_ITEMS, ground.config.seed)
+    (form,) = forms_of(few, options=False)
+
+    def margin(setting: Setting) -> float:
+        with applied(ground, setting):
+            model, prompter = ground.model.model, ground.prompter
+            summed = margins(model, prompter, few, form, system=None, limits=ground.limits).summed
+        return sum(summed) / len(summed)
+
+    def shift(strength: float) -> float:
+        steering = Steering(vectors, Strength(strength, 0.0, 0.0, False))
+        return margin(Setting("steering vector", pole, steering=steering)) - base
+
+    base = margin(UNMASKED)
+    found = match(shift, margin(Setting("own mask", pole, mask=pole)) - base)
+    if not found.matched:
+        note(
+            f"steering vector of {pole}: the mask shifts the calibration margin by {found.target:+.2f} nats, no "
+            f"strength up to {HIGHEST} does; measured at {found.value:.3g}, which shifts it by {found.shift:+.2f}"
+        )
+    return Steering(vectors, found)
+
+
 def _mask(ground: Ground, pair: PersonaSet) -> list[Setting]:
     return [Setting("own mask", pole, mask=pole) for pole, _ in poles(pair)]
 
@@ -93,6 +156,7 @@ def _random(ground: Ground, pair: PersonaSet) -> list[Setting]:
 _MAKERS: dict[str, Callable[[Ground, PersonaSet], list[Setting]]] = {
     "prompt": _prompt,
     "rag": _in_context,
+    "steering": _steering,
     "mask": _mask,
     "prompt+mask": _prompt_and_mask,
     "random": _random,

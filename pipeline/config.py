@@ -24,7 +24,7 @@ CRITERIA = (
 FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
-CONDITIONS = ("prompt", "rag", "mask", "prompt+mask", "random")
+CONDITIONS = ("prompt", "rag", "steering", "mask", "prompt+mask", "random")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
@@ -194,10 +194,13 @@ class EvaluateConfig:
     """Resamples for the 95 % intervals."""
     conditions: str = "prompt,mask,random"
     """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest
-    calibration items as earlier turns of the chat), mask (own and opponent's), prompt+mask (both at once), random
-    (random masks)."""
+    calibration items as earlier turns of the chat), steering (a steering vector from the calibration items, as strong
+    as the mask), mask (own and opponent's), prompt+mask (both at once), random (random masks)."""
     shots: int = 3
     """rag: how many calibration items stand before a question."""
+    steering_layers: str = ""
+    """steering: decoder blocks whose output the vector is added to, numbered from 0, comma-separated; default four
+    around the middle."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,16 @@ DESCRIPTION = (
     "poles, the shift of the margin between the two answers with a 95 % bootstrap interval, and perplexity on neutral "
     "text, for the unmasked model, a persona prompt, the own, the opponent's and a random mask."
 )
+
+
+@dataclasses.dataclass
+class Results:
+    """What an evaluation measured; the fields are those of the JSON (docs/evaluation.md)."""
+
+    records: list[Any] = dataclasses.field(default_factory=list)
+    contrasts: list[Any] = dataclasses.field(default_factory=list)
+    answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    steering: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def evaluate(config: EvaluateConfig) -> list[Any]:
@@ -38,17 +48,17 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=pick_device(config.device))
     prompter = Prompter(model.tokenizer)
     limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
-    records, contrasts = _run_all(Ground(model, prompter, limits, config), pairs)
-    answers = _answers(model, prompter, pairs[0], config) if config.questions else []
-    criterion = manifest["criterion"]
-    print_table(records, contrasts, criterion)
-    _print_answers(answers)
+    results = _run_all(Ground(model, prompter, limits, config), pairs)
+    results.answers = _answers(model, prompter, pairs[0], config) if config.questions else []
+    records, criterion = results.records, manifest["criterion"]
+    print_table(records, results.contrasts, criterion)
+    _print_answers(results.answers)
     assert config.plot is not None
     try:
         plot(records, config.plot, f"{manifest['model']['id']}, {criterion}, sparsity {manifest['sparsity']['option']}")
         note(f"plot: {config.plot}")
         if config.json:
-            _write(config, manifest, records, contrasts, answers)
+            _write(config, manifest, results)
             note(f"records: {config.json}")
     except OSError as error:
         raise UserError(f"could not write the results: {error}") from error
@@ -69,53 +79,86 @@ def _chosen(pairs: list[Any], config: EvaluateConfig) -> list[Any]:
     return [PersonaSet(p.plus, p.minus, tuple(draw(p.items, config.samples, config.seed)), p.source) for p in pairs]
 
 
-def _run_all(ground: Any, pairs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The records and contrasts of every pair, under every condition asked for."""
+def _run_all(ground: Any, pairs: Sequence[Any]) -> Results:
+    """Every pair under every condition asked for."""
     from rich.console import Console
     from rich.progress import Progress
 
     from pipeline.conditions import UNMASKED, settings
-    from pipeline.data.catalogue import neutral_texts
     from pipeline.evaluation import contrasts_of, place, records_of
 
     config, wanted = ground.config, ground.config.wanted
-    texts = ground.limits.cut([ground.prompter.encode("", text) for text in neutral_texts()[: config.texts or None]])
-    costs: dict[str | None, float] = {}
-    records, contrasts = [], []
+    cost = _costs(ground)
+    results = Results()
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("evaluating", total=(1 + len(wanted)) * len(pairs))
         for pair in pairs:
-            base = _measure(ground, pair, UNMASKED, texts, costs)
+            base = _measure(ground, pair, UNMASKED, cost)
             progress.advance(task)
             states = []
             for name in wanted:
                 for setting in settings(name, ground, pair):
-                    states.append(_measure(ground, pair, setting, texts, costs))
+                    states.append(_measure(ground, pair, setting, cost))
                     if name == "mask":
                         states.append(_from_the_other_side(states[-1], pair))
+                    if setting.steering:
+                        results.steering.append(_steering_entry(pair, setting))
                 progress.advance(task)
             options = {"resamples": config.bootstrap, "seed": config.seed}
             criterion = ground.model.masks.manifest["criterion"]
-            records += records_of(pair, base, states, criterion=criterion, **options)
-            contrasts += contrasts_of(pair, base, states, **options)
-    return sorted(records, key=lambda r: (r.pair, r.form, place(r.condition))), contrasts
+            results.records += records_of(pair, base, states, criterion=criterion, **options)
+            results.contrasts += contrasts_of(pair, base, states, **options)
+    results.records.sort(key=lambda r: (r.pair, r.form, place(r.condition)))
+    return results
 
 
-def _measure(ground: Any, pair: Any, setting: Any, texts: Sequence[Any], costs: dict[str | None, float]) -> Any:
-    """The state of the model under one setting; what neutral text costs there is kept in ``costs`` by mask."""
+def _measure(ground: Any, pair: Any, setting: Any, cost: Callable[[Any], float]) -> Any:
+    """The state of the model under one setting."""
     from pipeline.conditions import applied
     from pipeline.evaluation import State, measure_state
-    from pipeline.likelihood import perplexity
 
-    model, limits, mask = ground.model, ground.limits, setting.mask
+    model, config = ground.model, ground.config
     words = {"system": setting.system, "earlier": setting.earlier}
     with applied(ground, setting):
-        options = ground.config.options
-        measured = measure_state(model.model, ground.prompter, pair, options=options, limits=limits, **words)
-        if mask not in costs:
-            costs[mask] = perplexity(model, texts, batch_tokens=limits.batch_tokens, pad=limits.pad)
-    removed = 1 - model.masks.density(mask) if mask else 0.0
-    return State(setting.condition, setting.persona, setting.system, removed, costs[mask], measured)
+        measured = measure_state(
+            model.model, ground.prompter, pair, options=config.options, limits=ground.limits, **words
+        )
+    removed = 1 - model.masks.density(setting.mask) if setting.mask else 0.0
+    return State(setting.condition, setting.persona, setting.system, removed, cost(setting), measured)
+
+
+def _costs(ground: Any) -> Callable[[Any], float]:
+    """Measures the perplexity of the neutral texts under a setting, once for each mask."""
+    from pipeline.conditions import applied
+    from pipeline.data.catalogue import neutral_texts
+    from pipeline.likelihood import perplexity
+
+    limits, seen = ground.limits, dict[str | None, float]()
+    texts = limits.cut([ground.prompter.encode("", text) for text in neutral_texts()[: ground.config.texts or None]])
+
+    def measured(setting: Any) -> float:
+        with applied(ground, setting):
+            return perplexity(ground.model, texts, batch_tokens=limits.batch_tokens, pad=limits.pad)
+
+    def cost(setting: Any) -> float:
+        # A vector belongs to one setting; a mask may be on in several.
+        if setting.steering:
+            return measured(setting)
+        if setting.mask not in seen:
+            seen[setting.mask] = measured(setting)
+        return seen[setting.mask]
+
+    return cost
+
+
+def _steering_entry(pair: Any, setting: Any) -> dict[str, Any]:
+    steering = setting.steering
+    return {
+        "pair": f"{pair.plus}/{pair.minus}",
+        "persona": setting.persona,
+        "layers": list(steering.vectors),
+        **dataclasses.asdict(steering.strength),
+    }
 
 
 def _from_the_other_side(state: Any, pair: Any) -> Any:
@@ -148,13 +191,7 @@ def _print_answers(answers: list[dict[str, Any]]) -> None:
     print()
 
 
-def _write(
-    config: EvaluateConfig,
-    manifest: dict[str, Any],
-    records: Sequence[Any],
-    contrasts: Sequence[Any],
-    answers: list[Any],
-) -> None:
+def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Results) -> None:
     from pipeline.evaluation import SCHEMA, SCHEMA_VERSION
     from pipeline.fingerprint import versions
     from pipeline.store import write_json
@@ -168,9 +205,10 @@ def _write(
         "criterion": manifest["criterion"],
         "sparsity": manifest["sparsity"]["option"],
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
-        "records": [_finite(dataclasses.asdict(r)) for r in records],
-        "contrasts": [_finite(dataclasses.asdict(c)) for c in contrasts],
-        "answers": answers,
+        "records": [_finite(dataclasses.asdict(r)) for r in results.records],
+        "contrasts": [_finite(dataclasses.asdict(c)) for c in results.contrasts],
+        "answers": results.answers,
+        "steering": [_finite(entry) for entry in results.steering],
         "versions": versions(),
     }
     assert config.json is not None
