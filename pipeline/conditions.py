@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,10 @@ from pipeline.cli import note
 from pipeline.config import EvaluateConfig
 from pipeline.controls import add_random
 from pipeline.data.catalogue import PersonaSet, persona_prompt
-from pipeline.data.forms import Item
+from pipeline.data.forms import NEUTRAL, Item
 from pipeline.data.module import draw
+from pipeline.errors import UserError
+from pipeline.neutral import NeutralMasks
 from pipeline.protocol import Earlier, Limits, forms_of, margins
 
 
@@ -32,7 +35,8 @@ from pipeline.protocol import Earlier, Limits, forms_of, margins
 class Setting:
     """A state of the model (mask, vector) and what stands before a question; without all of them the base model.
 
-    ``persona`` is the pole that it speaks for, "" for both.
+    ``persona`` is the pole that it speaks for, "" for both. ``opposite`` names the condition that such a setting is
+    held against.
     """
 
     condition: str
@@ -41,6 +45,7 @@ class Setting:
     system: str | None = None
     earlier: Earlier | None = None
     steering: Steering | None = None
+    opposite: str = ""
 
 
 UNMASKED = Setting("unmasked", "")
@@ -57,6 +62,11 @@ class Ground:
     prompter: Any
     limits: Limits
     config: EvaluateConfig
+
+    @cached_property
+    def neutral(self) -> NeutralMasks:
+        """Kept, because all pairs share one gradient of neutral text."""
+        return NeutralMasks(self.model, self.config.run, self.prompter, self.limits.batch_tokens)
 
 
 @contextmanager
@@ -143,6 +153,33 @@ def _prompt_and_mask(ground: Ground, pair: PersonaSet) -> list[Setting]:
     ]
 
 
+def _neutral(ground: Ground, pair: PersonaSet) -> list[Setting]:
+    """One mask for both poles; none, and said why, where the run's recipe has none."""
+    try:
+        return [Setting("neutral mask", "", mask=ground.neutral.add(pair))]
+    except UserError as error:
+        note(f"no neutral mask: {error}")
+        return []
+
+
+def _others(ground: Ground, pair: PersonaSet) -> list[Setting]:
+    """The masks of the run's other personas; of two opposing ones, the first is held against the second."""
+    manifest = ground.model.masks.manifest
+    names = [name for name in manifest["masks"] if name not in pair.poles and name != NEUTRAL]
+    if not names:
+        note(f"no other masks for {pair.plus}/{pair.minus}: the run has one pair; calibrate several together")
+    opponents = manifest["personas"]["opponents"]
+    return [
+        Setting(
+            f"other mask: {name}",
+            "",
+            mask=name,
+            opposite=f"other mask: {opponents[name]}" if opponents.get(name) in names[number + 1 :] else "",
+        )
+        for number, name in enumerate(names)
+    ]
+
+
 def _random(ground: Ground, pair: PersonaSet) -> list[Setting]:
     config = ground.config
     draws = add_random(ground.model, config.run, pair, config.draws, config.seed)
@@ -159,5 +196,7 @@ _MAKERS: dict[str, Callable[[Ground, PersonaSet], list[Setting]]] = {
     "steering": _steering,
     "mask": _mask,
     "prompt+mask": _prompt_and_mask,
+    "neutral": _neutral,
     "random": _random,
+    "others": _others,
 }

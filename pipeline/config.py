@@ -24,7 +24,7 @@ CRITERIA = (
 FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
-CONDITIONS = ("prompt", "rag", "steering", "mask", "prompt+mask", "random")
+CONDITIONS = ("prompt", "rag", "steering", "mask", "prompt+mask", "neutral", "random", "others")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
@@ -195,7 +195,8 @@ class EvaluateConfig:
     conditions: str = "prompt,mask,random"
     """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest
     calibration items as earlier turns of the chat), steering (a steering vector from the calibration items, as strong
-    as the mask), mask (own and opponent's), prompt+mask (both at once), random (random masks)."""
+    as the mask), mask (own and opponent's), prompt+mask (both at once), neutral (a mask made the same way from neutral
+    text), random (random masks), others (the masks of the run's other personas)."""
     shots: int = 3
     """rag: how many calibration items stand before a question."""
     steering_layers: str = ""

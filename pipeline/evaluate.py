@@ -124,7 +124,8 @@ def _measure(ground: Any, pair: Any, setting: Any, cost: Callable[[Any], float])
             model.model, ground.prompter, pair, options=config.options, limits=ground.limits, **words
         )
     removed = 1 - model.masks.density(setting.mask) if setting.mask else 0.0
-    return State(setting.condition, setting.persona, setting.system, removed, cost(setting), measured)
+    spoken = (setting.condition, setting.persona, setting.system)
+    return State(*spoken, removed, cost(setting), measured, setting.opposite)
 
 
 def _costs(ground: Any) -> Callable[[Any], float]:

@@ -1,6 +1,6 @@
 """Run the protocol over pairs of personas and conditions, and turn it into records (docs/evaluation.md)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ CONDITIONS = (
     "other mask",
 )
 """Further draws of a random mask are called "random mask 2" and so on, other masks "other mask: NAME"."""
+MASKED = ("own mask", "opponent mask", "prompt and mask", "neutral mask")
+"""Conditions with a mask that the run's criterion made; so are other masks."""
 
 
 def place(condition: str) -> tuple[int, str]:
@@ -63,7 +65,10 @@ class Record:
 
 @dataclass(frozen=True)
 class State:
-    """A state of the model: which mask is on, which system prompt is used, and what neutral text costs there."""
+    """A state of the model: which mask is on, which system prompt is used, and what neutral text costs there.
+
+    ``persona`` is the pole that it speaks for, "" for both; ``opposite`` the condition that it is then held against.
+    """
 
     condition: str
     persona: str
@@ -71,6 +76,7 @@ class State:
     removed: float
     perplexity: float
     measured: dict[str, Margins]
+    opposite: str = ""
 
 
 def held_out(manifest: dict[str, Any], data: str, strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
@@ -193,11 +199,12 @@ class Contrast:
 def contrasts_of(
     pair: PersonaSet, base: State, states: Sequence[State], *, resamples: int, seed: int
 ) -> list[Contrast]:
-    """One contrast per condition and form (the opponent's mask is the own mask seen from the other side)."""
+    """One contrast per condition and form (the opponent's mask is the own mask seen from the other side).
+
+    A state that speaks for both poles has none, unless it names an ``opposite``, which is then the state of -.
+    """
     contrasts = []
-    for condition in dict.fromkeys(s.condition for s in states):
-        by_persona = {s.persona: s.measured for s in states if s.condition == condition}
-        plus, minus = by_persona[pair.plus], by_persona[pair.minus or ""]
+    for condition, plus, minus in _opposed(pair, states):
         for form in base.measured:
             points, separations = _separation(plus[form], minus[form], resamples, seed)
             shift = [a - b for a, b in zip(plus[form].summed, minus[form].summed, strict=True)]
@@ -205,6 +212,16 @@ def contrasts_of(
             name = f"{pair.plus}/{pair.minus}"
             contrasts.append(Contrast(name, condition, form, points, *separations, sum(shift) / len(shift), low, high))
     return contrasts
+
+
+def _opposed(pair: PersonaSet, states: Sequence[State]) -> Iterator[tuple[str, dict[str, Margins], dict[str, Margins]]]:
+    """Every condition with its state of + and its state of -."""
+    known = {(state.condition, state.persona): state.measured for state in states}
+    for state in states:
+        if state.persona == pair.plus:
+            yield state.condition, state.measured, known[state.condition, pair.minus or ""]
+        elif state.opposite:
+            yield state.condition, state.measured, known[state.opposite, ""]
 
 
 def _separation(plus: Margins, minus: Margins, resamples: int, seed: int) -> tuple[float, tuple[float, float]]:
@@ -243,7 +260,7 @@ def _record(
         condition=state.condition,
         persona=persona,
         pair=f"{pair.plus}/{pair.minus}",
-        criterion=criterion if state.condition in ("own mask", "opponent mask") else "",
+        criterion=criterion if state.condition in MASKED or state.condition.startswith("other mask") else "",
         removed=state.removed,
         form=measured.form,
         n=count,
