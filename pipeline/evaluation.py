@@ -61,6 +61,11 @@ class Record:
     own_answer: float
     perplexity: float
     seed: int
+    n_yes: int
+    score_yes: float | None
+    n_no: int
+    score_no: float | None
+    answer_mass: float | None
 
 
 @dataclass(frozen=True)
@@ -256,6 +261,7 @@ def _record(
     count = len(measured.summed)
     own = measured.matching if plus else measured.other
     sign = 1 if plus else -1
+    (n_yes, score_yes), (n_no, score_no) = (measured.half(plus, word) for word in ("yes", "no"))
     return Record(
         condition=state.condition,
         persona=persona,
@@ -274,4 +280,9 @@ def _record(
         own_answer=sum(own) / count,
         perplexity=state.perplexity,
         seed=seed,
+        n_yes=n_yes,
+        score_yes=score_yes,
+        n_no=n_no,
+        score_no=score_no,
+        answer_mass=sum(measured.mass) / count if measured.form == STATEMENT else None,
     )

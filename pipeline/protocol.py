@@ -4,8 +4,10 @@ A margin is the log-probability of the first pole's answer minus the other pole'
 accuracy is the share of items whose margin has its sign.
 """
 
+import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.forms import Item
@@ -26,7 +28,8 @@ class Margins:
     """Margins of one set of items under one condition, and what the answers' own likelihoods were.
 
     ``summed`` and ``normalised`` hold one margin per item (total, and per token). ``matching`` and
-    ``other`` are the mean log-probability per token of each pole's answers.
+    ``other`` are the mean log-probability per token of each pole's answers, ``positive`` says whether the first
+    pole's begins with Yes, ``openings`` are the first words of both, ``mass`` is the probability of both together.
     """
 
     form: str
@@ -35,6 +38,8 @@ class Margins:
     matching: list[float]
     other: list[float]
     positive: list[bool]
+    openings: list[tuple[str, str]] = field(default_factory=list)
+    mass: list[float] = field(default_factory=list)
 
     def accuracy(self, plus: bool, normalised: bool) -> float:
         """Share of items where the pole's answer is the likelier one; ties count half."""
@@ -47,10 +52,20 @@ class Margins:
         values = self.normalised if normalised else self.summed
         return [1.0 if sign * v > 0 else 0.5 if v == 0 else 0.0 for v in values]
 
+    def half(self, plus: bool, word: str) -> tuple[int, float | None]:
+        """Number and score per token of the items where the pole's answer begins with ``word``; None without any."""
+        chosen = [
+            right
+            for right, (first, second) in zip(self.correct(plus), self.openings, strict=True)
+            if (first if plus else second) == word
+        ]
+        return len(chosen), sum(chosen) / len(chosen) if chosen else None
+
     def take(self, indices: Sequence[int]) -> "Margins":
         """The margins of some items, with repetition."""
-        lists = (self.summed, self.normalised, self.matching, self.other, self.positive)
-        return Margins(self.form, *([values[i] for i in indices] for values in lists))  # type: ignore[arg-type]
+        lists = (self.summed, self.normalised, self.matching, self.other, self.positive, self.openings, self.mass)
+        chosen = ([values[i] for i in indices] if values else [] for values in lists)  # type: ignore[attr-defined]
+        return Margins(self.form, *chosen)  # type: ignore[arg-type]
 
     def auc(self, plus: bool) -> float:
         """Statements: how well logit(Yes) - logit(No) tells the pole's statements from the opponent's.
@@ -94,14 +109,27 @@ def margins(
         sequences += [prompter.encode(item.question, answer, system, turns) for answer in (item.matching, item.other)]
     scores = answer_scores(model, limits.cut(sequences), batch_tokens=limits.batch_tokens, pad=limits.pad)
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
+    openings = _openings(items)
     return Margins(
         form,
         [a.total - b.total for a, b in pairs],
         [a.mean - b.mean for a, b in pairs],
         [a.mean for a, _ in pairs],
         [b.mean for _, b in pairs],
-        [item.matching.strip().lower().startswith("yes") for item in items],
+        [first == "yes" for first, _ in openings],
+        openings,
+        [math.exp(a.total) + math.exp(b.total) for a, b in pairs],
     )
+
+
+def _openings(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """The first words of both answers of every item, case folded."""
+    return [(_first_word(item.matching), _first_word(item.other or "")) for item in items]
+
+
+def _first_word(text: str) -> str:
+    found = re.search(r"\w+", text)
+    return found.group().casefold() if found else ""
 
 
 @dataclass(frozen=True)
@@ -147,5 +175,5 @@ def _option_margins(
     matching = [(q[0] + q[3]) / 2 for q in quads]
     other = [(q[1] + q[2]) / 2 for q in quads]
     margin = [a - b for a, b in zip(matching, other, strict=True)]
-    yes = [item.matching.strip().lower().startswith("yes") for item in items]
-    return Margins(OPTIONS, margin, margin, matching, other, yes)
+    openings = _openings(items)
+    return Margins(OPTIONS, margin, margin, matching, other, [first == "yes" for first, _ in openings], openings)
