@@ -80,6 +80,12 @@ def applied(ground: Ground, setting: Setting) -> Iterator[None]:
         yield
 
 
+def prompt_ids(ground: Ground, setting: Setting, question: str) -> list[int]:
+    """The tokens that the model reads before it answers a question under a setting."""
+    turns = setting.earlier(question) if setting.earlier else ()
+    return ground.prompter.ids(ground.prompter.prompt(question, setting.system, turns))
+
+
 def settings(name: str, ground: Ground, pair: PersonaSet) -> list[Setting]:
     """The settings of one name of ``--conditions`` for a pair. Raises UserError if it cannot be had."""
     return _MAKERS[name](ground, pair)

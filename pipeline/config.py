@@ -207,7 +207,11 @@ class EvaluateConfig:
     options: bool = True
     """Score two-way items also with the options shown, in both orders."""
     questions: int = 1
-    """Held-out questions answered under every persona of the first pair."""
+    """Held-out questions of the first pair whose answers are shown: unmasked, under the masks, and under those of the
+    conditions prompt, rag, steering and prompt+mask that were chosen."""
+    generate: int = 0
+    """Measure the answers (repetition, length, judged margin) to so many held-out questions of every pair; 0 only those
+    of --questions."""
     json: Path | None = None
     """Write the records here (schema in docs/evaluation.md)."""
     plot: Path | None = None
@@ -225,7 +229,7 @@ class EvaluateConfig:
         check_gamma(self.gamma)
         for condition in self.wanted:
             _one_of("conditions", condition, CONDITIONS)
-        for name in ("samples", "questions", "texts", "seed"):
+        for name in ("samples", "questions", "generate", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("batch_tokens", "bootstrap", "draws", "shots"):
             _at_least(name, getattr(self, name), 1)

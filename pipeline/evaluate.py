@@ -21,12 +21,15 @@ DESCRIPTION = (
 
 @dataclasses.dataclass
 class Results:
-    """What an evaluation measured; the fields are those of the JSON (docs/evaluation.md)."""
+    """What an evaluation measured, as in the JSON (docs/evaluation.md); ``settings`` by the pair's first pole, to be
+    used again."""
 
     records: list[Any] = dataclasses.field(default_factory=list)
     contrasts: list[Any] = dataclasses.field(default_factory=list)
     answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steering: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    generation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    settings: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
 
 def evaluate(config: EvaluateConfig) -> list[Any]:
@@ -39,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     from pipeline.loading import pick_device
     from pipeline.model import PersonaModel
     from pipeline.protocol import Limits
-    from pipeline.report import plot, print_table
+    from pipeline.report import plot, print_generation, print_table
     from pipeline.store import load_manifest
 
     manifest = load_manifest(config.run)
@@ -48,11 +51,13 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=pick_device(config.device))
     prompter = Prompter(model.tokenizer)
     limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
-    results = _run_all(Ground(model, prompter, limits, config), pairs)
-    results.answers = _answers(model, prompter, pairs[0], config) if config.questions else []
+    ground = Ground(model, prompter, limits, config)
+    results = _run_all(ground, pairs)
+    _generate(ground, pairs, results)
+    results.answers = _answers(results.generation, config.questions)
     records, criterion = results.records, manifest["criterion"]
     print_table(records, results.contrasts, criterion)
-    _print_answers(results.answers)
+    print_generation(results.generation, config.questions)
     assert config.plot is not None
     try:
         plot(records, config.plot, f"{manifest['model']['id']}, {criterion}, sparsity {manifest['sparsity']['option']}")
@@ -96,8 +101,10 @@ def _run_all(ground: Any, pairs: Sequence[Any]) -> Results:
             base = _measure(ground, pair, UNMASKED, cost)
             progress.advance(task)
             states = []
+            used = results.settings[pair.plus] = []
             for name in wanted:
                 for setting in settings(name, ground, pair):
+                    used.append(setting)
                     states.append(_measure(ground, pair, setting, cost))
                     if name == "mask":
                         states.append(_from_the_other_side(states[-1], pair))
@@ -168,28 +175,29 @@ def _from_the_other_side(state: Any, pair: Any) -> Any:
     return dataclasses.replace(state, condition="opponent mask", persona=opponent, system=None)
 
 
-def _answers(model: Any, prompter: Any, pair: Any, config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Greedy answers to held-out questions, unmasked and under both poles' masks."""
-    from pipeline.generation import answer
+def _generate(ground: Any, pairs: Sequence[Any], results: Results) -> None:
+    """Text under every setting that speaks: of the first pair, or with ``--generate`` of all."""
+    from pipeline.conditions import UNMASKED, settings
+    from pipeline.textual import SPEAKING, chosen_items, generation_entry, texts_of
 
-    questions = list(dict.fromkeys(item.question for item in pair.items))[: config.questions]
-    answers = []
-    for question in questions:
-        for persona in (None, pair.plus, pair.minus):
-            with model.using(persona, config.gamma if persona else 0.0):
-                text = answer(model, prompter, question, max_new_tokens=48)
-            answers.append({"question": question, "persona": persona, "answer": text})
-    return answers
+    config = ground.config
+    for pair in pairs if config.generate else pairs[:1]:
+        items = chosen_items(pair, max(config.questions, config.generate))
+        known = results.settings[pair.plus]
+        own = [] if "mask" in config.wanted else settings("mask", ground, pair)
+        speaking = [UNMASKED, *(s for s in known if s.condition in SPEAKING), *own]
+        for setting in speaking if items else []:
+            results.generation.append(generation_entry(pair, setting, texts_of(ground, setting, items)))
 
 
-def _print_answers(answers: list[dict[str, Any]]) -> None:
-    question = None
-    for entry in answers:
-        if entry["question"] != question:
-            question = entry["question"]
-            print(f"\nQ: {question}")
-        print(f"  {entry['persona'] or 'unmasked'}: {entry['answer']}")
-    print()
+def _answers(generation: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first pair's answers, unmasked and under its masks, question by question."""
+    plain = [e for e in generation if e["condition"] in ("unmasked", "own mask") and e["pair"] == generation[0]["pair"]]
+    return [
+        {key: entry["answers"][number][key] for key in ("question", "answer")} | {"persona": entry["persona"]}
+        for number in range(min(count, *(entry["n"] for entry in plain)) if plain else 0)
+        for entry in plain
+    ]
 
 
 def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Results) -> None:
@@ -210,6 +218,7 @@ def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Results) -
         "contrasts": [_finite(dataclasses.asdict(c)) for c in results.contrasts],
         "answers": results.answers,
         "steering": [_finite(entry) for entry in results.steering],
+        "generation": results.generation,
         "versions": versions(),
     }
     assert config.json is not None

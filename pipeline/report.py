@@ -55,6 +55,37 @@ def print_table(records: Sequence[Record], contrasts: Sequence[Contrast], criter
         console.print(table)
 
 
+def print_generation(generation: Sequence[dict[str, Any]], count: int) -> None:
+    """On stdout, the first ``count`` questions of the first pair with every answer, then the means of all pairs.
+
+    Beside an answer: its length in tokens, the share of repeated 3-grams, and the judged margin in nats per token
+    towards the pair's first pole (docs/evaluation.md).
+    """
+    if not generation:
+        return
+    first = [entry for entry in generation if entry["pair"] == generation[0]["pair"]]
+    for number in range(min(count, first[0]["n"])):
+        print(f"\nQ: {first[0]['answers'][number]['question']}")
+        for entry in first:
+            text = entry["answers"][number]
+            print(f"  {_speaker(entry)}: {text['answer']}")
+            print(f"      {_measures(text)}")
+    print()
+    for entry in generation if generation[0]["n"] > 1 else []:
+        print(f"{entry['pair']}, mean of {entry['n']} answers, {_speaker(entry)}: {_measures(entry)}")
+
+
+def _speaker(entry: dict[str, Any]) -> str:
+    """A mask's persona speaks in its own name."""
+    if entry["persona"] is None:
+        return entry["condition"]
+    return entry["persona"] if entry["condition"] == "own mask" else f"{entry['persona']} ({entry['condition']})"
+
+
+def _measures(values: dict[str, Any]) -> str:
+    return f"{values['tokens']:.0f} tokens, {values['repetition']:.0%} repeated, judged {values['judged']:+.2f}"
+
+
 def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[str, float]) -> tuple[str, ...]:
     def both(name: Callable[[Record], float]) -> str:
         return f"{100 * name(plus):.0f}/{100 * name(minus):.0f}"
@@ -66,7 +97,9 @@ def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[
         both(score),
         _interval(contrast.separation, contrast.separation_low, contrast.separation_high, 0) if contrast else "",
         _interval(contrast.shift, contrast.shift_low, contrast.shift_high, 1) if contrast else "",
-        "/".join(f"{r.own_answer - unmasked[r.persona]:+.2f}" for r in (plus, minus)) if contrast else "",
+        "/".join(f"{r.own_answer - unmasked[r.persona]:+.2f}" for r in (plus, minus))
+        if plus.condition != "unmasked"
+        else "",
         _cost(plus.perplexity)
         if plus.perplexity == minus.perplexity
         else f"{_cost(plus.perplexity)}/{_cost(minus.perplexity)}",
