@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.baselines.retrieval import examples
+from pipeline.baselines.retrieval import Examples
 from pipeline.baselines.steering import (
     HIGHEST,
     Steering,
@@ -104,7 +104,7 @@ def _prompt(ground: Ground, pair: PersonaSet) -> list[Setting]:
 def _in_context(ground: Ground, pair: PersonaSet) -> list[Setting]:
     manifest, shots = ground.model.masks.manifest, ground.config.shots
     return [
-        Setting("in context", pole, earlier=examples(calibration_items(manifest, pole), shots))
+        Setting("in context", pole, earlier=Examples(calibration_items(manifest, pole), shots))
         for pole, _ in poles(pair)
     ]
 

@@ -212,6 +212,9 @@ class EvaluateConfig:
     generate: int = 0
     """Measure the answers (repetition, length, judged margin) to so many held-out questions of every pair; 0 only those
     of --questions."""
+    efficiency: bool = False
+    """Also measure what the first pair's conditions cost to serve: prompt tokens, time to the first token, tokens per
+    second, memory and bytes on disk per persona."""
     json: Path | None = None
     """Write the records here (schema in docs/evaluation.md)."""
     plot: Path | None = None

@@ -19,6 +19,10 @@ DESCRIPTION = (
 )
 
 
+EFFICIENCY_QUESTIONS = 5
+"""Held-out questions on which speed is measured."""
+
+
 @dataclasses.dataclass
 class Results:
     """What an evaluation measured, as in the JSON (docs/evaluation.md); ``settings`` by the pair's first pole, to be
@@ -29,6 +33,7 @@ class Results:
     answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steering: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     generation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    efficiency: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     settings: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -42,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     from pipeline.loading import pick_device
     from pipeline.model import PersonaModel
     from pipeline.protocol import Limits
-    from pipeline.report import plot, print_generation, print_table
+    from pipeline.report import plot, print_efficiency, print_generation, print_table
     from pipeline.store import load_manifest
 
     manifest = load_manifest(config.run)
@@ -54,10 +59,13 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     ground = Ground(model, prompter, limits, config)
     results = _run_all(ground, pairs)
     _generate(ground, pairs, results)
+    if config.efficiency:
+        _efficiency(ground, pairs[0], results)
     results.answers = _answers(results.generation, config.questions)
     records, criterion = results.records, manifest["criterion"]
     print_table(records, results.contrasts, criterion)
     print_generation(results.generation, config.questions)
+    print_efficiency(results.efficiency)
     assert config.plot is not None
     try:
         plot(records, config.plot, f"{manifest['model']['id']}, {criterion}, sparsity {manifest['sparsity']['option']}")
@@ -190,6 +198,19 @@ def _generate(ground: Any, pairs: Sequence[Any], results: Results) -> None:
             results.generation.append(generation_entry(pair, setting, texts_of(ground, setting, items)))
 
 
+def _efficiency(ground: Any, pair: Any, results: Results) -> None:
+    """What the first pair's settings cost to serve."""
+    from pipeline.conditions import UNMASKED
+    from pipeline.efficiency import efficiency_of
+    from pipeline.textual import SPEAKING, chosen_items
+
+    questions = [item.question for item in chosen_items(pair, EFFICIENCY_QUESTIONS)]
+    known = [setting for setting in results.settings[pair.plus] if setting.condition in SPEAKING]
+    for setting in (UNMASKED, *known):
+        entry = efficiency_of(ground, setting, questions)
+        results.efficiency.append({"pair": f"{pair.plus}/{pair.minus}", **dataclasses.asdict(entry)})
+
+
 def _answers(generation: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The first pair's answers, unmasked and under its masks, question by question."""
     plain = [e for e in generation if e["condition"] in ("unmasked", "own mask") and e["pair"] == generation[0]["pair"]]
@@ -219,6 +240,7 @@ def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Results) -
         "answers": results.answers,
         "steering": [_finite(entry) for entry in results.steering],
         "generation": results.generation,
+        "efficiency": results.efficiency,
         "versions": versions(),
     }
     assert config.json is not None

@@ -86,6 +86,36 @@ def _measures(values: dict[str, Any]) -> str:
     return f"{values['tokens']:.0f} tokens, {values['repetition']:.0%} repeated, judged {values['judged']:+.2f}"
 
 
+def print_efficiency(efficiency: Sequence[dict[str, Any]]) -> None:
+    """A table on stdout: what each state costs to serve, batch 1, greedy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not efficiency:
+        return
+    table = Table(title=f"{efficiency[0]['pair']}, cost of serving, one sequence at a time", title_justify="left")
+    for name in ("condition", "prompt tokens", "first token", "tokens/s", "memory", "while it is on", "disk"):
+        table.add_column(name, justify="left" if name == "condition" else "right", no_wrap=True)
+    for entry in efficiency:
+        table.add_row(
+            _speaker(entry),
+            f"{entry['prompt_tokens']:.0f}",
+            f"{1000 * entry['first_token_seconds']:.0f} ms",
+            f"{entry['tokens_per_second']:.1f}",
+            *(_bytes(entry[name]) for name in ("memory_bytes", "working_bytes", "disk_bytes")),
+        )
+    console = Console()
+    Console(width=max(console.width, 100)).print(table)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
 def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[str, float]) -> tuple[str, ...]:
     def both(name: Callable[[Record], float]) -> str:
         return f"{100 * name(plus):.0f}/{100 * name(minus):.0f}"

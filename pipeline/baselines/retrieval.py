@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,15 +49,16 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def examples(items: Sequence[Item], shots: int) -> Callable[[str], list[Turn]]:
+class Examples:
     """For any question, the ``shots`` nearest items as turns of a chat, the nearest last.
 
     The assistant's turn is the item's first answer, that of the persona from whose side the items are seen.
     """
-    index = Tfidf([item.question for item in items])
 
-    def earlier(question: str) -> list[Turn]:
-        chosen = [items[i] for i in reversed(index.nearest(question, shots))]
+    def __init__(self, items: Sequence[Item], shots: int) -> None:
+        self.items, self.shots = items, shots
+        self.index = Tfidf([item.question for item in items])
+
+    def __call__(self, question: str) -> list[Turn]:
+        chosen = [self.items[i] for i in reversed(self.index.nearest(question, self.shots))]
         return [(item.question, item.matching) for item in chosen]
-
-    return earlier

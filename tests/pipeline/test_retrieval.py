@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from pipeline import calibrate, evaluate
-from pipeline.baselines.retrieval import Tfidf, examples, words
+from pipeline.baselines.retrieval import Examples, Tfidf, words
 from pipeline.calibrated import calibration_items
 from pipeline.data.forms import Item
 from pipeline.data.prompts import Prompter
@@ -34,7 +34,7 @@ def test_tfidf_by_hand():
 def test_examples_stand_before_the_question_the_nearest_last(ground):
     texts = ["red dog", "blue cat", "red dog and cat"]
     items = [Item(text, f"yes {text}", f"no {text}", "pair") for text in texts]
-    turns = examples(items, 2)("a red dog")
+    turns = Examples(items, 2)("a red dog")
     assert turns == [("red dog and cat", "yes red dog and cat"), ("red dog", "yes red dog")]
     prompter = Prompter(load_tokenizer(str(ground.llama)))
     prompt = prompter.prompt("a red dog", "Be kind.", turns)
