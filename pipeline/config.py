@@ -202,6 +202,9 @@ class EvaluateConfig:
     steering_layers: str = ""
     """steering: decoder blocks whose output the vector is added to, numbered from 0, comma-separated; default four
     around the middle."""
+    steering_strength: str = "shift"
+    """steering: a number, or what makes the vector as strong as the mask: "shift" (of the margin on calibration items)
+    or "cost" (the perplexity of neutral answers)."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True
@@ -232,6 +235,8 @@ class EvaluateConfig:
         check_gamma(self.gamma)
         for condition in self.wanted:
             _one_of("conditions", condition, CONDITIONS)
+        if self.steering_strength not in ("shift", "cost"):
+            _at_least("steering_strength", _number(self.steering_strength), 0)
         for name in ("samples", "questions", "generate", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("batch_tokens", "bootstrap", "draws", "shots"):
@@ -314,6 +319,14 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(name: str, value: float, least: float) -> None:
     if not (value >= least and math.isfinite(value)):
         raise UserError(f"--{name.replace('_', '-')} must be a number of at least {least}, got {value}")
+
+
+def _number(text: str) -> float:
+    """The number that a text spells, else NaN, which no bound lets pass."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def check_gamma(gamma: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.baselines.retrieval import Examples
-from pipeline.conditions import UNMASKED, Ground, Setting, applied, prompt_ids
+from pipeline.setting import UNMASKED, Ground, Setting, applied, prompt_ids
 
 NEW_TOKENS = 32
 """Length of the answers that are timed."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.conditions import UNMASKED, Ground, Setting, applied, prompt_ids
 from pipeline.data.catalogue import PersonaSet
 from pipeline.data.forms import Item
 from pipeline.generation import continuations
 from pipeline.likelihood import answer_scores
+from pipeline.setting import UNMASKED, Ground, Setting, applied, prompt_ids
 
 LENGTH = 48
 """Longest answer in tokens."""

@@ -26,9 +26,9 @@ HALVINGS = 6
 
 @dataclass(frozen=True)
 class Strength:
-    """A factor on the vectors, the margin shift in nats that it gave on calibration items, and the one wanted.
+    """A factor on the vectors, what it was measured to do (``shift``, nats), and what a mask does (``target``).
 
-    ``matched`` is False where no strength up to ``HIGHEST`` was found to give it.
+    ``matched`` says whether the two are equal within ``TOLERANCE``.
     """
 
     value: float
@@ -75,6 +75,8 @@ def contrast(
     The mean is over an answer's tokens first, then over answers, so that long answers weigh no more.
     """
     sizes = {"batch_tokens": batch_tokens, "pad": pad}
+    if any(s.answer >= len(s) for s in (*plus, *minus)):
+        raise UserError("a calibration answer has no token left to read a steering vector from; raise --max-length")
     first, second = (_answer_means(model, side, layers, **sizes) for side in (plus, minus))
     return {layer: (first[layer] - second[layer]).float() for layer in layers}
 
@@ -141,7 +143,7 @@ def match(shift: Callable[[float], float], target: float) -> Strength:
 
     def near(strength: float) -> bool:
         tried[strength] = shift(strength)
-        return abs(tried[strength] - target) <= TOLERANCE * target
+        return equal(tried[strength], target)
 
     low, high = 0.0, 1.0
     found = near(high)
@@ -154,7 +156,12 @@ def match(shift: Callable[[float], float], target: float) -> Strength:
             break
         low, high = (middle, high) if tried[middle] < target else (low, middle)
     best = min(tried, key=lambda strength: abs(tried[strength] - target))
-    return Strength(best, tried[best], target, abs(tried[best] - target) <= TOLERANCE * target)
+    return Strength(best, tried[best], target, equal(tried[best], target))
+
+
+def equal(shift: float, target: float) -> bool:
+    """Whether a shift is the one that is wanted, within ``TOLERANCE``."""
+    return abs(shift - target) <= TOLERANCE * abs(target)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from kernels.ops.pack_bits import unpack_bits
 from pipeline import calibrate, evaluate
-from pipeline.conditions import Ground, settings
+from pipeline.conditions import settings
 from pipeline.config import CONDITIONS, EvaluateConfig
 from pipeline.criteria import least_important
 from pipeline.data.catalogue import PersonaSet, neutral_set
@@ -20,6 +20,7 @@ from pipeline.evaluation import place
 from pipeline.model import PersonaModel
 from pipeline.neutral import TEXTS
 from pipeline.protocol import Limits
+from pipeline.setting import Ground
 from pipeline.store import STATISTICS, load_statistics
 from tests.pipeline.tiny import write_pairs
 

@@ -8,13 +8,13 @@ import torch
 from pipeline import evaluate
 from pipeline.baselines.retrieval import Examples
 from pipeline.baselines.steering import Steering, Strength
-from pipeline.conditions import UNMASKED, Ground, Setting
 from pipeline.config import EvaluateConfig
 from pipeline.data.forms import Item
 from pipeline.data.prompts import Prompter
 from pipeline.efficiency import NEW_TOKENS, efficiency_of
 from pipeline.model import PersonaModel
 from pipeline.protocol import Limits
+from pipeline.setting import UNMASKED, Ground, Setting
 from tests.pipeline.tiny import write_pairs
 
 QUESTIONS = ["What do you do?", "Dog?"]

@@ -16,7 +16,8 @@ from pipeline.data.catalogue import PersonaSet
 from pipeline.data.forms import Item
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
-from pipeline.evaluation import State, contrasts_of, held_out, records_of
+from pipeline.evaluation import State, contrasts_of, records_of
+from pipeline.heldout import held_out
 from pipeline.intervals import auc, bootstrap_interval
 from pipeline.likelihood import AnswerScore, answer_scores, perplexity
 from pipeline.loading import load_tokenizer

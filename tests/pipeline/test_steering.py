@@ -7,9 +7,16 @@ import torch
 
 from pipeline import evaluate
 from pipeline.baselines.steering import HIGHEST, contrast, decoder_blocks, match, parse_layers, steered
-from pipeline.data.prompts import Encoded
+from pipeline.baselines.strength import LEAST_COST, NEUTRAL_ANSWERS, matched
+from pipeline.config import EvaluateConfig
+from pipeline.data.catalogue import neutral_set
+from pipeline.data.module import draw
+from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
 from pipeline.loading import load_model
+from pipeline.model import PersonaModel
+from pipeline.protocol import Limits
+from pipeline.setting import Ground
 from tests.pipeline.tiny import write_pairs
 
 
@@ -102,5 +109,50 @@ def test_steering_through_the_program(finished, tmp_path, capsys):
         assert entry["matched"] == (abs(entry["shift"] - entry["target"]) <= 0.05 * abs(entry["target"]))
         assert (entry["value"] == 0) == (record["perplexity"] == by["unmasked", "up"]["perplexity"])
     assert {c["condition"] for c in report["contrasts"]} == {"steering vector"}
+    assert {entry["by"] for entry in report["steering"]} == {"shift"}
     assert evaluate.main([str(finished), *options, "--steering-layers", "2"]) == 2
     assert "--steering-layers '2': the model has blocks 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", ["cost", "0.5"])
+def test_other_strengths(finished, tmp_path, wanted):
+    held = write_pairs(tmp_path / "held.csv", 14)
+    options = ["--data", str(held), "--texts", "1", "--bootstrap", "20", "--questions", "0", "--conditions", "steering"]
+    options += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json"), "--steering-strength", wanted]
+    assert evaluate.main([str(finished), *options]) == 0
+    for entry in json.loads((tmp_path / "e.json").read_text())["steering"]:
+        if wanted == "cost":
+            assert entry["by"] == "cost"
+            assert entry["target"] >= LEAST_COST
+        else:
+            assert (entry["by"], entry["value"]) == ("given", 0.5)
+            assert entry["shift"] != 0
+
+
+def test_cost_is_that_of_neutral_answers(finished):
+    """The perplexity of the neutral pairs' answers, which the vector raises."""
+    model = PersonaModel.from_pretrained(finished)
+    config = EvaluateConfig(finished, steering_strength="cost")
+    ground = Ground(model, Prompter(model.tokenizer), Limits(512, 2048, 0), config)
+    found = matched(ground, "up", [], {1: 100 * torch.arange(32.0)}).strength
+    asked = draw(neutral_set().items, NEUTRAL_ANSWERS, 0)
+    costs = []
+    for persona, strength in ((None, 0.0), ("up", 0.0), (None, found.value)):
+        with model.using(persona), steered(model.model, {1: 100 * torch.arange(32.0)}, strength):
+            total = tokens = 0
+            for item in asked:
+                encoded = ground.prompter.encode(item.question, item.matching)
+                with torch.inference_mode():
+                    table = torch.log_softmax(model(input_ids=torch.tensor([encoded.ids])).logits[0], -1)
+                targets = torch.tensor(encoded.ids[encoded.answer :])
+                total -= float(table[encoded.answer - 1 : -1].gather(1, targets.unsqueeze(1)).sum())
+                tokens += len(targets)
+            costs.append(total / tokens)
+    assert found.target == pytest.approx(max(costs[1] - costs[0], LEAST_COST), abs=1e-5)
+    assert found.shift == pytest.approx(costs[2] - costs[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["much", "-1", "nan"])
+def test_a_strength_is_a_number_or_a_measure(finished, wrong):
+    with pytest.raises(UserError, match="--steering-strength must be a number of at least 0"):
+        EvaluateConfig(finished, steering_strength=wrong)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pipeline import evaluate
-from pipeline.conditions import UNMASKED, Ground, Setting
 from pipeline.config import EvaluateConfig
 from pipeline.data.catalogue import PersonaSet
 from pipeline.data.forms import Item
@@ -15,6 +14,7 @@ from pipeline.generation import _until_the_end, answer, continuations
 from pipeline.likelihood import answer_scores
 from pipeline.model import PersonaModel
 from pipeline.protocol import Limits
+from pipeline.setting import UNMASKED, Ground, Setting
 from pipeline.textual import chosen_items, judged, repetition, texts_of
 from tests.pipeline.tiny import write_pairs
 
