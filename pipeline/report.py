@@ -98,14 +98,13 @@ def print_efficiency(efficiency: Sequence[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if name == "condition" else "right", no_wrap=True)
     for entry in efficiency:
         table.add_row(
-            _speaker(entry),
+            f"{entry['persona']} ({entry['condition']})" if entry["persona"] else entry["condition"],
             f"{entry['prompt_tokens']:.0f}",
             f"{1000 * entry['first_token_seconds']:.0f} ms",
             f"{entry['tokens_per_second']:.1f}",
             *(_bytes(entry[name]) for name in ("memory_bytes", "working_bytes", "disk_bytes")),
         )
-    console = Console()
-    Console(width=max(console.width, 100)).print(table)
+    Console(width=max(Console().width, 130)).print(table)
 
 
 def _bytes(number: float) -> str:
@@ -152,9 +151,10 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     groups = by_pair(records)
-    figure, axes = pyplot.subplots(
-        len(groups), 2, figsize=(11, 0.6 + 2.3 * len(groups)), squeeze=False, layout="constrained", sharey="row"
-    )
+    # A condition's label has two lines, so the rows of panels grow with their conditions.
+    heights = [0.9 + 0.36 * len(conditions(group)) for group in groups.values()]
+    options: dict[str, Any] = {"figsize": (11, 0.6 + sum(heights)), "height_ratios": heights, "sharey": "row"}
+    figure, axes = pyplot.subplots(len(groups), 2, squeeze=False, layout="constrained", **options)
     for (left, right), ((pair, form), group) in zip(axes, groups.items(), strict=True):
         present = conditions(group)
         for colour, offset, persona in zip(COLOURS, (-0.14, 0.14), pair.split("/"), strict=True):
@@ -182,7 +182,7 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
 def _label(left: Any, right: Any, present: Sequence[str], group: Sequence[Record], pair: str, form: str) -> None:
     left.axvline(50, color="0.6", linewidth=1, linestyle=":")
     left.set_xlim(-2, 102)
-    left.set_yticks(range(len(present)), [_with_cost(c, group) for c in present])
+    left.set_yticks(range(len(present)), [_with_cost(c, group) for c in present], fontsize=8)
     left.invert_yaxis()
     left.set_title(f"{pair} ({form}, n = {group[0].n})", fontsize=10, loc="left")
     left.set_xlabel("AUC, %" if group[0].auc is not None else "accuracy (length-normalised), %", fontsize=9)
