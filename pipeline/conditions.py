@@ -1,6 +1,6 @@
 """What ``--conditions`` names: the states of the model that a pair of personas is measured in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pipeline.baselines.retrieval import Examples
 from pipeline.baselines.steering import contrast, decoder_blocks, parse_layers
@@ -12,6 +12,15 @@ from pipeline.data.catalogue import PersonaSet, persona_prompt
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
 from pipeline.setting import Ground, Setting, poles
+
+
+def check(ground: Ground, pairs: Sequence[PersonaSet]) -> None:
+    """Raise UserError now for what a condition asked for would raise it for after much work."""
+    if {"rag", "steering"} & set(ground.config.wanted):
+        for pair in pairs:
+            calibration_items(ground.model.masks.manifest, pair.plus)
+    if "steering" in ground.config.wanted:
+        parse_layers(ground.config.steering_layers, len(decoder_blocks(ground.model.model)))
 
 
 def settings(name: str, ground: Ground, pair: PersonaSet) -> list[Setting]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline.baselines.steering import Steering
-from pipeline.conditions import settings
+from pipeline.conditions import check, settings
 from pipeline.data.catalogue import PersonaSet, neutral_texts
 from pipeline.efficiency import efficiency_of
 from pipeline.evaluation import Contrast, Record, State, contrasts_of, place, records_of
@@ -37,6 +37,7 @@ class Results:
 
 def measure_all(ground: Ground, pairs: Sequence[PersonaSet]) -> Results:
     """Every pair under every condition asked for, the text they write, and if asked what they cost to serve."""
+    check(ground, pairs)
     results = _scores(ground, pairs)
     _generate(ground, pairs, results)
     results.answers = _answers(results.generation, ground.config.questions)

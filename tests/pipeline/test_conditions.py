@@ -133,6 +133,33 @@ def test_other_masks_through_the_program(words, ground, tmp_path, capsys):
     assert same[0]["margin"] == pytest.approx(same[1]["margin"])
 
 
+def test_what_cannot_be_had_is_said_before_anything_is_measured(words, tmp_path, capsys, monkeypatch):
+    pairs, held, run = write_pairs(tmp_path / "pairs.csv"), write_pairs(tmp_path / "held.csv", 14), tmp_path / "run"
+    assert calibrate.main(words(run, "--criterion", "wanda", personas=f"up/down={pairs}")) == 0
+    monkeypatch.setattr("pipeline.measuring.margins", lambda *a, **o: pytest.fail("measured"))
+    options = [str(run), "--data", str(held), "--plot", str(tmp_path / "p.png"), "--conditions"]
+    assert evaluate.main([*options, "mask,steering", "--steering-layers", "7"]) == 2
+    assert "the model has blocks 0 to 1" in capsys.readouterr().err
+    pairs.unlink()
+    for name in ("rag", "steering"):
+        assert evaluate.main([*options, f"mask,{name}"]) == 2
+        assert "pairs.csv: no such file" in capsys.readouterr().err
+
+
+def test_types_have_every_condition(words, tmp_path):
+    """A type's calibration items are those of its four poles, and its masks are composed."""
+    run, file = tmp_path / "run", tmp_path / "e.json"
+    assert calibrate.main(words(run, "--samples", "3", "--sparsity", "0.1", personas="INTJ,ISFP")) == 0
+    options = ["--conditions", ",".join(CONDITIONS), "--pairs", "INTJ", "--samples", "3", "--texts", "1"]
+    options += ["--bootstrap", "20", "--plot", str(tmp_path / "p.png"), "--json", str(file), "--no-options"]
+    assert evaluate.main([str(run), *options, "--questions", "0", "--max-length", "200"]) == 0
+    report = json.loads(file.read_text())
+    assert {r["pair"] for r in report["records"]} == {"INTJ/ESFP"}
+    conditions = {r["condition"] for r in report["records"]}
+    assert conditions >= {*SHOWN[:-2], "random mask 2", "other mask: ISFP", "other mask: ENTJ"}
+    assert [s["persona"] for s in report["steering"]] == ["INTJ", "ESFP"]
+
+
 def test_one_pair_has_no_others(finished, capsys):
     assert settings("others", ground_of(finished), PAIR) == []
     assert "the run has one pair" in capsys.readouterr().err
