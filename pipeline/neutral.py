@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.budget import NEUTRAL_TEXTS
 from pipeline.cli import note
 from pipeline.config import FIRST_ORDER, Sparsity
 from pipeline.controls import run_statistics
@@ -17,9 +18,6 @@ from pipeline.errors import UserError
 from pipeline.gradients import Moments, ObjectiveData, accumulating, backward
 from pipeline.masks import PersonaMasks
 from pipeline.objectives import objective_of
-
-TEXTS = 64
-"""Neutral texts whose gradient is taken, as in a calibration."""
 
 
 class NeutralMasks:
@@ -97,8 +95,8 @@ class NeutralMasks:
     @cached_property
     def _moments(self) -> Moments:
         """The gradient of the likelihood of neutral answers under the unmasked model."""
-        note(f"neutral mask: a backward pass over {TEXTS} neutral texts")
-        limits = {"count": TEXTS, "max_length": self.manifest["options"]["max_length"]}
+        note(f"neutral mask: a backward pass over {NEUTRAL_TEXTS} neutral texts")
+        limits = {"count": NEUTRAL_TEXTS, "max_length": self.manifest["options"]["max_length"]}
         units = objective_of(neutral_set(), self.prompter, **limits, seed=self.manifest["options"]["seed"])
         steps = ObjectiveData({NEUTRAL: units}, max(1, self.batch_tokens // 4)).steps(0, 1)
         with self.model.using(None), accumulating(self._linears) as moments:

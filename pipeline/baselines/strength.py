@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from pipeline.baselines.steering import HIGHEST, Steering, Strength, equal, match
+from pipeline.budget import NEUTRAL_TEXTS
 from pipeline.cli import note
 from pipeline.data.catalogue import neutral_set
 from pipeline.data.forms import Item
@@ -61,13 +62,19 @@ def _margin(ground: Ground, items: list[Item]) -> Callable[[Setting], float]:
 
 
 def _cost(ground: Ground) -> Callable[[Setting], float]:
-    """Negative log-probability per token of neutral answers, nats; other texts than the evaluation's perplexity."""
+    """Negative log-probability per token of neutral answers, nats."""
     limits = ground.limits
-    items = draw(neutral_set().items, NEUTRAL_ANSWERS, ground.config.seed)
-    texts = limits.cut([ground.prompter.encode(item.question, item.matching) for item in items])
+    texts = limits.cut([ground.prompter.encode(i.question, i.matching) for i in neutral_items(ground)])
 
     def measure(setting: Setting) -> float:
         with applied(ground, setting):
             return math.log(perplexity(ground.model, texts, batch_tokens=limits.batch_tokens, pad=limits.pad))
 
     return measure
+
+
+def neutral_items(ground: Ground) -> list[Item]:
+    """Neutral pairs that no gradient of the run has seen: a mask may be fitted to those that one has."""
+    options = ground.model.masks.manifest["options"]
+    seen = draw(neutral_set().items, min(options["samples"] or NEUTRAL_TEXTS, NEUTRAL_TEXTS), options["seed"])
+    return draw([item for item in neutral_set().items if item not in seen], NEUTRAL_ANSWERS, ground.config.seed)

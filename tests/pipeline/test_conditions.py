@@ -8,6 +8,7 @@ import torch
 
 from kernels.ops.pack_bits import unpack_bits
 from pipeline import calibrate, evaluate
+from pipeline.budget import NEUTRAL_TEXTS
 from pipeline.conditions import settings
 from pipeline.config import CONDITIONS, EvaluateConfig
 from pipeline.criteria import least_important
@@ -18,7 +19,6 @@ from pipeline.data.prompts import Prompter
 from pipeline.evaluation import CONDITIONS as SHOWN
 from pipeline.evaluation import place
 from pipeline.model import PersonaModel
-from pipeline.neutral import TEXTS
 from pipeline.protocol import Limits
 from pipeline.setting import Ground
 from pipeline.store import STATISTICS, load_statistics
@@ -77,7 +77,7 @@ def test_neutral_mask_of_first_order_raises_neutral_text_and_stays_in_the_pool(w
     linears = {name: dict(model.named_modules())[name] for name in masks.shapes}
     for module in linears.values():
         module.weight.requires_grad_(True)
-    for item in draw(neutral_set().items, TEXTS, 0):
+    for item in draw(neutral_set().items, NEUTRAL_TEXTS, 0):
         encoded = prompter.encode(item.question, item.matching)
         if encoded.answer < 60:
             ids = torch.tensor(encoded.ids[:60])

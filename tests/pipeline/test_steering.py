@@ -7,7 +7,7 @@ import torch
 
 from pipeline import evaluate
 from pipeline.baselines.steering import HIGHEST, contrast, decoder_blocks, match, parse_layers, steered
-from pipeline.baselines.strength import LEAST_COST, NEUTRAL_ANSWERS, matched
+from pipeline.baselines.strength import LEAST_COST, NEUTRAL_ANSWERS, matched, neutral_items
 from pipeline.config import EvaluateConfig
 from pipeline.data.catalogue import neutral_set
 from pipeline.data.module import draw
@@ -135,7 +135,9 @@ def test_cost_is_that_of_neutral_answers(finished):
     config = EvaluateConfig(finished, steering_strength="cost")
     ground = Ground(model, Prompter(model.tokenizer), Limits(512, 2048, 0), config)
     found = matched(ground, "up", [], {1: 100 * torch.arange(32.0)}).strength
-    asked = draw(neutral_set().items, NEUTRAL_ANSWERS, 0)
+    asked = neutral_items(ground)
+    assert len(asked) == NEUTRAL_ANSWERS
+    assert not set(asked) & set(draw(neutral_set().items, 64, 0))
     costs = []
     for persona, strength in ((None, 0.0), ("up", 0.0), (None, found.value)):
         with model.using(persona), steered(model.model, {1: 100 * torch.arange(32.0)}, strength):
