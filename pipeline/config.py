@@ -24,6 +24,8 @@ CRITERIA = (
 FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
+CONDITIONS = ("prompt", "rag", "steering", "mask", "prompt+mask", "neutral", "random", "others")
+"""What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,31 @@ class EvaluateConfig:
     bootstrap: int = 2000
     """Resamples for the 95 % intervals."""
     conditions: str = "prompt,mask,random"
-    """What to compare with the unmasked model: persona prompt, the masks (own and opponent's), random masks."""
+    """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest
+    calibration items as earlier turns of the chat), steering (a steering vector from the calibration items, as strong
+    as the mask), mask (own and opponent's), prompt+mask (both at once), neutral (a mask made the same way from neutral
+    text), random (random masks), others (the masks of the run's other personas)."""
+    shots: int = 3
+    """rag: how many calibration items stand before a question."""
+    steering_layers: str = ""
+    """steering: decoder blocks whose output the vector is added to, numbered from 0, comma-separated; default four
+    around the middle."""
+    steering_strength: str = "shift"
+    """steering: a number, or what makes the vector as strong as the mask: "shift" (of the margin on calibration items)
+    or "cost" (the perplexity of neutral answers)."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True
     """Score two-way items also with the options shown, in both orders."""
     questions: int = 1
-    """Held-out questions answered under every persona of the first pair."""
+    """Held-out questions of the first pair whose answers are shown: unmasked, under the masks, and under those of the
+    conditions prompt, rag, steering and prompt+mask that were chosen."""
+    generate: int = 0
+    """Measure the answers (repetition, length, judged margin) to so many held-out questions of every pair; 0 only those
+    of --questions."""
+    efficiency: bool = False
+    """Also measure what the first pair's conditions cost to serve: prompt tokens, time to the first token, tokens per
+    second, memory and bytes on disk per persona."""
     json: Path | None = None
     """Write the records here (schema in docs/evaluation.md)."""
     plot: Path | None = None
@@ -213,13 +233,20 @@ class EvaluateConfig:
         self.json = Path(self.json) if self.json else None
         _one_of("precision", self.precision, PRECISIONS)
         check_gamma(self.gamma)
-        for condition in self.conditions.split(","):
-            _one_of("conditions", condition.strip(), ("prompt", "mask", "random"))
-        for name in ("samples", "questions", "texts", "seed"):
+        for condition in self.wanted:
+            _one_of("conditions", condition, CONDITIONS)
+        if self.steering_strength not in ("shift", "cost"):
+            _at_least("steering_strength", _number(self.steering_strength), 0)
+        for name in ("samples", "questions", "generate", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("batch_tokens", "bootstrap", "draws"):
+        for name in ("batch_tokens", "bootstrap", "draws", "shots"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The names in ``conditions``, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.conditions.split(",")))
 
 
 @dataclass
@@ -292,6 +319,14 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(name: str, value: float, least: float) -> None:
     if not (value >= least and math.isfinite(value)):
         raise UserError(f"--{name.replace('_', '-')} must be a number of at least {least}, got {value}")
+
+
+def _number(text: str) -> float:
+    """The number that a text spells, else NaN, which no bound lets pass."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def check_gamma(gamma: float) -> None:

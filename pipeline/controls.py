@@ -36,7 +36,7 @@ def _pool(model: Any, run: Path, pole: str, other: str) -> Callable[[str], Tenso
     share = float(manifest["options"]["pool"])
     if manifest["criterion"] not in FIRST_ORDER or manifest["criterion"] == "first-order-gate" or share == 1:
         return None
-    stats = _statistics(run, manifest)
+    stats = run_statistics(run, manifest)
     site = {linear: site.name for site in stats.sites for linear in site.linears}
     modules = dict(model.model.named_modules())
 
@@ -48,7 +48,7 @@ def _pool(model: Any, run: Path, pole: str, other: str) -> Callable[[str], Tenso
     return pool
 
 
-def _statistics(run: Path, manifest: dict[str, Any]) -> ActivationStats:
+def run_statistics(run: Path, manifest: dict[str, Any]) -> ActivationStats:
     """The run's statistics, its composed personas beside the measured ones."""
     stats = load_statistics(run / STATISTICS)
     recipes = {name: [tuple(part) for part in parts] for name, parts in manifest["personas"]["compositions"].items()}

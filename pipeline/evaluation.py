@@ -1,28 +1,38 @@
-"""Run the protocol over pairs of personas and conditions, and turn it into records (docs/evaluation.md)."""
+"""From measured margins to records and contrasts (docs/evaluation.md)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from pipeline.data.catalogue import DICHOTOMIES, TYPES, VOICES, Catalogue, PersonaSet, load_catalogue, shipped_set
-from pipeline.data.forms import Item
-from pipeline.data.voices import CHARACTERS, against_the_others, shipped_characters
-from pipeline.errors import UserError
-from pipeline.fingerprint import question_hash
+from pipeline.data.catalogue import PersonaSet
 from pipeline.intervals import bootstrap_interval
-from pipeline.protocol import STATEMENT, Margins, forms_of, margins
+from pipeline.protocol import STATEMENT, Margins
 
 SCHEMA = "persona-subnetworks/evaluation"
 SCHEMA_VERSION = 1
-CONDITIONS = ("unmasked", "prompt", "own mask", "opponent mask", "random mask")
-"""Further draws of a random mask are called "random mask 2" and so on."""
+CONDITIONS = (
+    "unmasked",
+    "prompt",
+    "in context",
+    "steering vector",
+    "own mask",
+    "prompt and mask",
+    "opponent mask",
+    "neutral mask",
+    "random mask",
+    "other mask",
+)
+"""Further draws of a random mask are called "random mask 2" and so on, other masks "other mask: NAME"."""
+MASKED = ("own mask", "opponent mask", "prompt and mask", "neutral mask")
+"""Conditions with a mask that the run's criterion made; so are other masks."""
 
 
 def place(condition: str) -> tuple[int, str]:
     """Sorts conditions as they are shown."""
-    return next(i for i, known in enumerate(CONDITIONS) if condition.startswith(known)), condition
+    # The longest that fits: "prompt and mask" begins with "prompt".
+    known = max((c for c in CONDITIONS if condition.startswith(c)), key=len)
+    return CONDITIONS.index(known), condition
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,19 @@ class Record:
     own_answer: float
     perplexity: float
     seed: int
+    n_yes: int
+    score_yes: float | None
+    n_no: int
+    score_no: float | None
+    answer_mass: float | None
 
 
 @dataclass(frozen=True)
 class State:
-    """A state of the model: which mask is on, which system prompt is used, and what neutral text costs there."""
+    """A state of the model: which mask is on, which system prompt is used, and what neutral text costs there.
+
+    ``persona`` is the pole that it speaks for, "" for both; ``opposite`` the condition that it is then held against.
+    """
 
     condition: str
     persona: str
@@ -58,79 +76,7 @@ class State:
     removed: float
     perplexity: float
     measured: dict[str, Margins]
-
-
-def held_out(manifest: dict[str, Any], data: str, strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
-    """The pairs to evaluate: from ``--data``, else the shipped sets' test split (types: united from them).
-
-    Items whose question was calibrated on are left out and counted aloud. Raises UserError if a set has
-    no items left or its personas are not in the run.
-    """
-    opponents: dict[str, str] = manifest["personas"]["opponents"]
-    sets = _from_data(data, opponents, strict, say) if data else _shipped(opponents, manifest["personas"]["sources"])
-    if not sets:
-        known = ", ".join(manifest["masks"])
-        raise UserError(f"no held-out items are shipped for these personas ({known}); give --data PLUS/MINUS=SOURCE")
-    used = {h for hashes in manifest["personas"]["questions"].values() for h in hashes}
-    clean = []
-    for pair in sets:
-        items = pair.split("test")
-        fresh = tuple(i for i in items if question_hash(i) not in used)
-        if len(fresh) < len(items):
-            say(f"{pair.plus}: {len(items) - len(fresh)} of {len(items)} items left out, they were calibrated on")
-        if not fresh:
-            raise UserError(f"{pair.source}: no item is left that was not calibrated on")
-        clean.append(PersonaSet(pair.plus, pair.minus, fresh, pair.source))
-    return clean
-
-
-def _shipped(opponents: dict[str, str], sources: dict[str, str]) -> list[PersonaSet]:
-    sets = []
-    for name in DICHOTOMIES:
-        plus, minus = name.split("-")
-        if plus in opponents and opponents[plus] == minus:
-            sets.append(shipped_set(name))
-    # By source: a user's own pirate is not the shipped one.
-    if CHARACTERS in sources.values():
-        sets += [one for one in against_the_others(shipped_characters()) if sources.get(one.plus) == CHARACTERS]
-    for name in TYPES:
-        # Each pair of opposite types once, from the introvert's side.
-        if name[0] == "I" and name in opponents:
-            sets.append(PersonaSet(name, opponents[name], tuple(type_items(name)), "types"))
-    return sets
-
-
-def type_items(name: str) -> Iterable[Item]:
-    """The items of the four dichotomies, seen from the poles of a type."""
-    for dichotomy, (first, _) in DICHOTOMIES.items():
-        for item in shipped_set(dichotomy).items:
-            yield item if first in name else item.swapped()
-
-
-def _from_data(data: str, opponents: dict[str, str], strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
-    parts = [p.strip() for p in data.split(",") if p.strip()]
-    if len(parts) == 1 and "=" not in parts[0] and not parts[0].startswith(VOICES) and len(opponents) == 2:
-        # One pair of personas, one file: no need to name them again.
-        plus = next(iter(opponents))
-        parts = [f"{plus}/{opponents[plus]}={parts[0]}"]
-    catalogue: Catalogue = load_catalogue(",".join(parts), strict=strict)
-    for problem in catalogue.problems:
-        say(f"left out: {problem}")
-    for pair in catalogue.sets:
-        if pair.minus is None or opponents.get(pair.plus) != pair.minus:
-            pairs = ", ".join(f"{a}/{b}" for a, b in opponents.items())
-            raise UserError(f"{pair.source}: {'/'.join(pair.poles)} is not a pair of this run; known are {pairs}")
-    return catalogue.sets
-
-
-def measure_state(
-    model: Any, prompter: Any, pair: PersonaSet, *, options: bool, system: str | None, limits: Any
-) -> dict[str, Margins]:
-    """Margins of a pair's items in every form, under the model as it is now."""
-    items: Sequence[Item] = pair.items
-    return {
-        form: margins(model, prompter, items, form, system=system, limits=limits) for form in forms_of(items, options)
-    }
+    opposite: str = ""
 
 
 def records_of(
@@ -172,11 +118,12 @@ class Contrast:
 def contrasts_of(
     pair: PersonaSet, base: State, states: Sequence[State], *, resamples: int, seed: int
 ) -> list[Contrast]:
-    """One contrast per condition and form (the opponent's mask is the own mask seen from the other side)."""
+    """One contrast per condition and form (the opponent's mask is the own mask seen from the other side).
+
+    A state that speaks for both poles has none, unless it names an ``opposite``, which is then the state of -.
+    """
     contrasts = []
-    for condition in dict.fromkeys(s.condition for s in states):
-        by_persona = {s.persona: s.measured for s in states if s.condition == condition}
-        plus, minus = by_persona[pair.plus], by_persona[pair.minus or ""]
+    for condition, plus, minus in _opposed(pair, states):
         for form in base.measured:
             points, separations = _separation(plus[form], minus[form], resamples, seed)
             shift = [a - b for a, b in zip(plus[form].summed, minus[form].summed, strict=True)]
@@ -184,6 +131,16 @@ def contrasts_of(
             name = f"{pair.plus}/{pair.minus}"
             contrasts.append(Contrast(name, condition, form, points, *separations, sum(shift) / len(shift), low, high))
     return contrasts
+
+
+def _opposed(pair: PersonaSet, states: Sequence[State]) -> Iterator[tuple[str, dict[str, Margins], dict[str, Margins]]]:
+    """Every condition with its state of + and its state of -."""
+    known = {(state.condition, state.persona): state.measured for state in states}
+    for state in states:
+        if state.persona == pair.plus:
+            yield state.condition, state.measured, known[state.condition, pair.minus or ""]
+        elif state.opposite:
+            yield state.condition, state.measured, known[state.opposite, ""]
 
 
 def _separation(plus: Margins, minus: Margins, resamples: int, seed: int) -> tuple[float, tuple[float, float]]:
@@ -218,11 +175,12 @@ def _record(
     count = len(measured.summed)
     own = measured.matching if plus else measured.other
     sign = 1 if plus else -1
+    (n_yes, score_yes), (n_no, score_no) = (measured.half(plus, word) for word in ("yes", "no"))
     return Record(
         condition=state.condition,
         persona=persona,
         pair=f"{pair.plus}/{pair.minus}",
-        criterion=criterion if state.condition in ("own mask", "opponent mask") else "",
+        criterion=criterion if state.condition in MASKED or state.condition.startswith("other mask") else "",
         removed=state.removed,
         form=measured.form,
         n=count,
@@ -236,4 +194,9 @@ def _record(
         own_answer=sum(own) / count,
         perplexity=state.perplexity,
         seed=seed,
+        n_yes=n_yes,
+        score_yes=score_yes,
+        n_no=n_no,
+        score_no=score_no,
+        answer_mass=sum(measured.mass) / count if measured.form == STATEMENT else None,
     )

@@ -1,8 +1,11 @@
 """Answers in text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from pipeline.data.prompts import batches_by_tokens
 
 
 def answer(
@@ -36,3 +39,35 @@ def continue_from(
         **sampling,
     )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.inference_mode()
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, batch_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of many prompts (token ids), in batches padded on the left; without the end token."""
+    device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
+    results: list[list[int]] = [[] for _ in prompts]
+    for chosen in batches_by_tokens([len(p) + max_new_tokens for p in prompts], batch_tokens):
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.full((len(chosen), width), pad, dtype=torch.int64)
+        attention = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            attention[row, width - len(prompts[index]) :] = 1
+        output = model.generate(
+            ids.to(device),
+            attention_mask=attention.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            do_sample=False,
+        )
+        for row, index in enumerate(chosen):
+            results[index] = _until_the_end(output[row, width:].tolist(), model)
+    return results
+
+
+def _until_the_end(tokens: list[int], model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -4,14 +4,19 @@ A margin is the log-probability of the first pole's answer minus the other pole'
 accuracy is the share of items whose margin has its sign.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.forms import Item
-from pipeline.data.prompts import Encoded, Prompter
+from pipeline.data.prompts import Encoded, Prompter, Turn
 from pipeline.intervals import auc
 from pipeline.likelihood import answer_scores
+
+Earlier = Callable[[str], Sequence[Turn]]
+"""Gives a question the turns of the chat that come before it."""
 
 FREE, OPTIONS, STATEMENT = "free", "options", "statement"
 """Forms of scoring: the answers themselves; the letter after both options were shown, averaged over both
@@ -23,7 +28,8 @@ class Margins:
     """Margins of one set of items under one condition, and what the answers' own likelihoods were.
 
     ``summed`` and ``normalised`` hold one margin per item (total, and per token). ``matching`` and
-    ``other`` are the mean log-probability per token of each pole's answers.
+    ``other`` are the mean log-probability per token of each pole's answers, ``positive`` says whether the first
+    pole's begins with Yes, ``openings`` are the first words of both, ``mass`` is the probability of both together.
     """
 
     form: str
@@ -32,6 +38,8 @@ class Margins:
     matching: list[float]
     other: list[float]
     positive: list[bool]
+    openings: list[tuple[str, str]] = field(default_factory=list)
+    mass: list[float] = field(default_factory=list)
 
     def accuracy(self, plus: bool, normalised: bool) -> float:
         """Share of items where the pole's answer is the likelier one; ties count half."""
@@ -44,10 +52,20 @@ class Margins:
         values = self.normalised if normalised else self.summed
         return [1.0 if sign * v > 0 else 0.5 if v == 0 else 0.0 for v in values]
 
+    def half(self, plus: bool, word: str) -> tuple[int, float | None]:
+        """Number and score per token of the items where the pole's answer begins with ``word``; None without any."""
+        chosen = [
+            right
+            for right, (first, second) in zip(self.correct(plus), self.openings, strict=True)
+            if (first if plus else second) == word
+        ]
+        return len(chosen), sum(chosen) / len(chosen) if chosen else None
+
     def take(self, indices: Sequence[int]) -> "Margins":
         """The margins of some items, with repetition."""
-        lists = (self.summed, self.normalised, self.matching, self.other, self.positive)
-        return Margins(self.form, *([values[i] for i in indices] for values in lists))  # type: ignore[arg-type]
+        lists = (self.summed, self.normalised, self.matching, self.other, self.positive, self.openings, self.mass)
+        chosen = ([values[i] for i in indices] if values else [] for values in lists)  # type: ignore[attr-defined]
+        return Margins(self.form, *chosen)  # type: ignore[arg-type]
 
     def auc(self, plus: bool) -> float:
         """Statements: how well logit(Yes) - logit(No) tells the pole's statements from the opponent's.
@@ -72,25 +90,46 @@ def forms_of(items: Sequence[Item], options: bool) -> list[str]:
 
 
 def margins(
-    model: Any, prompter: Prompter, items: Sequence[Item], form: str, *, system: str | None, limits: "Limits"
+    model: Any,
+    prompter: Prompter,
+    items: Sequence[Item],
+    form: str,
+    *,
+    system: str | None,
+    limits: "Limits",
+    earlier: Earlier | None = None,
 ) -> Margins:
-    """Score every item under the model as it is now, with an optional system prompt."""
+    """Score every item under the model as it is now, with an optional system prompt and earlier turns."""
     if form == OPTIONS:
-        return _option_margins(model, prompter, items, system, limits)
+        return _option_margins(model, prompter, items, system, limits, earlier)
     sequences = []
     for item in items:
         assert item.other is not None
-        sequences += [prompter.encode(item.question, answer, system) for answer in (item.matching, item.other)]
+        turns = earlier(item.question) if earlier else ()
+        sequences += [prompter.encode(item.question, answer, system, turns) for answer in (item.matching, item.other)]
     scores = answer_scores(model, limits.cut(sequences), batch_tokens=limits.batch_tokens, pad=limits.pad)
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
+    openings = _openings(items)
     return Margins(
         form,
         [a.total - b.total for a, b in pairs],
         [a.mean - b.mean for a, b in pairs],
         [a.mean for a, _ in pairs],
         [b.mean for _, b in pairs],
-        [item.matching.strip().lower().startswith("yes") for item in items],
+        [first == "yes" for first, _ in openings],
+        openings,
+        [math.exp(a.total) + math.exp(b.total) for a, b in pairs],
     )
+
+
+def _openings(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """The first words of both answers of every item, case folded."""
+    return [(_first_word(item.matching), _first_word(item.other or "")) for item in items]
+
+
+def _first_word(text: str) -> str:
+    found = re.search(r"\w+", text)
+    return found.group().casefold() if found else ""
 
 
 @dataclass(frozen=True)
@@ -115,20 +154,26 @@ class Limits:
 
 
 def _option_margins(
-    model: Any, prompter: Prompter, items: Sequence[Item], system: str | None, limits: Limits
+    model: Any,
+    prompter: Prompter,
+    items: Sequence[Item],
+    system: str | None,
+    limits: Limits,
+    earlier: Earlier | None,
 ) -> Margins:
     """Each item in both orders; the margin is the mean of the two, so a liking for one letter cancels."""
     sequences = []
     for item in items:
         assert item.other is not None
+        turns = earlier(item.question) if earlier else ()
         for first, second in ((item.matching, item.other), (item.other, item.matching)):
             question = f"{item.question}\nA: {first}\nB: {second}\nAnswer with the letter A or B."
-            sequences += [prompter.encode(question, letter, system) for letter in "AB"]
+            sequences += [prompter.encode(question, letter, system, turns) for letter in "AB"]
     scores = answer_scores(model, limits.cut(sequences), batch_tokens=limits.batch_tokens, pad=limits.pad)
     totals = [s.total for s in scores]
     quads = [totals[i : i + 4] for i in range(0, len(totals), 4)]
     matching = [(q[0] + q[3]) / 2 for q in quads]
     other = [(q[1] + q[2]) / 2 for q in quads]
     margin = [a - b for a, b in zip(matching, other, strict=True)]
-    yes = [item.matching.strip().lower().startswith("yes") for item in items]
-    return Margins(OPTIONS, margin, margin, matching, other, yes)
+    openings = _openings(items)
+    return Margins(OPTIONS, margin, margin, matching, other, [first == "yes" for first, _ in openings], openings)

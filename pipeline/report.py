@@ -55,6 +55,66 @@ def print_table(records: Sequence[Record], contrasts: Sequence[Contrast], criter
         console.print(table)
 
 
+def print_generation(generation: Sequence[dict[str, Any]], count: int) -> None:
+    """On stdout, the first ``count`` questions of the first pair with every answer, then the means of all pairs.
+
+    Beside an answer: its length in tokens, the share of repeated 3-grams, and the judged margin in nats per token
+    towards the pair's first pole (docs/evaluation.md).
+    """
+    if not generation:
+        return
+    first = [entry for entry in generation if entry["pair"] == generation[0]["pair"]]
+    for number in range(min(count, first[0]["n"])):
+        print(f"\nQ: {first[0]['answers'][number]['question']}")
+        for entry in first:
+            text = entry["answers"][number]
+            print(f"  {_speaker(entry)}: {text['answer']}")
+            print(f"      {_measures(text)}")
+    print()
+    for entry in generation if generation[0]["n"] > 1 else []:
+        print(f"{entry['pair']}, mean of {entry['n']} answers, {_speaker(entry)}: {_measures(entry)}")
+
+
+def _speaker(entry: dict[str, Any]) -> str:
+    """A mask's persona speaks in its own name."""
+    if entry["persona"] is None:
+        return entry["condition"]
+    return entry["persona"] if entry["condition"] == "own mask" else f"{entry['persona']} ({entry['condition']})"
+
+
+def _measures(values: dict[str, Any]) -> str:
+    return f"{values['tokens']:.0f} tokens, {values['repetition']:.0%} repeated, judged {values['judged']:+.2f}"
+
+
+def print_efficiency(efficiency: Sequence[dict[str, Any]]) -> None:
+    """A table on stdout: what each state costs to serve, batch 1, greedy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not efficiency:
+        return
+    table = Table(title=f"{efficiency[0]['pair']}, cost of serving, one sequence at a time", title_justify="left")
+    for name in ("condition", "prompt tokens", "first token", "tokens/s", "memory", "while it is on", "disk"):
+        table.add_column(name, justify="left" if name == "condition" else "right", no_wrap=True)
+    for entry in efficiency:
+        table.add_row(
+            f"{entry['persona']} ({entry['condition']})" if entry["persona"] else entry["condition"],
+            f"{entry['prompt_tokens']:.0f}",
+            f"{1000 * entry['first_token_seconds']:.0f} ms",
+            f"{entry['tokens_per_second']:.1f}",
+            *(_bytes(entry[name]) for name in ("memory_bytes", "working_bytes", "disk_bytes")),
+        )
+    Console(width=max(Console().width, 130)).print(table)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
 def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[str, float]) -> tuple[str, ...]:
     def both(name: Callable[[Record], float]) -> str:
         return f"{100 * name(plus):.0f}/{100 * name(minus):.0f}"
@@ -66,7 +126,9 @@ def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[
         both(score),
         _interval(contrast.separation, contrast.separation_low, contrast.separation_high, 0) if contrast else "",
         _interval(contrast.shift, contrast.shift_low, contrast.shift_high, 1) if contrast else "",
-        "/".join(f"{r.own_answer - unmasked[r.persona]:+.2f}" for r in (plus, minus)) if contrast else "",
+        "/".join(f"{r.own_answer - unmasked[r.persona]:+.2f}" for r in (plus, minus))
+        if plus.condition != "unmasked"
+        else "",
         _cost(plus.perplexity)
         if plus.perplexity == minus.perplexity
         else f"{_cost(plus.perplexity)}/{_cost(minus.perplexity)}",
@@ -89,9 +151,10 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     groups = by_pair(records)
-    figure, axes = pyplot.subplots(
-        len(groups), 2, figsize=(11, 0.6 + 2.3 * len(groups)), squeeze=False, layout="constrained", sharey="row"
-    )
+    # A condition's label has two lines, so the rows of panels grow with their conditions.
+    heights = [0.9 + 0.36 * len(conditions(group)) for group in groups.values()]
+    options: dict[str, Any] = {"figsize": (11, 0.6 + sum(heights)), "height_ratios": heights, "sharey": "row"}
+    figure, axes = pyplot.subplots(len(groups), 2, squeeze=False, layout="constrained", **options)
     for (left, right), ((pair, form), group) in zip(axes, groups.items(), strict=True):
         present = conditions(group)
         for colour, offset, persona in zip(COLOURS, (-0.14, 0.14), pair.split("/"), strict=True):
@@ -119,7 +182,7 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
 def _label(left: Any, right: Any, present: Sequence[str], group: Sequence[Record], pair: str, form: str) -> None:
     left.axvline(50, color="0.6", linewidth=1, linestyle=":")
     left.set_xlim(-2, 102)
-    left.set_yticks(range(len(present)), [_with_cost(c, group) for c in present])
+    left.set_yticks(range(len(present)), [_with_cost(c, group) for c in present], fontsize=8)
     left.invert_yaxis()
     left.set_title(f"{pair} ({form}, n = {group[0].n})", fontsize=10, loc="left")
     left.set_xlabel("AUC, %" if group[0].auc is not None else "accuracy (length-normalised), %", fontsize=9)

@@ -15,6 +15,10 @@ _MARK = "\u2063question\u2063"
 """Stands in for the question when its place in a template is looked for."""
 
 
+Turn = tuple[str, str]
+"""A question and its answer, earlier in a chat."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One sequence. The answer is ``ids[answer:]``, the question's own words are ``ids[question]``."""
@@ -40,28 +44,31 @@ class Prompter:
         self.tokenizer = tokenizer
         self.chat = bool(getattr(tokenizer, "chat_template", None))
 
-    def prompt(self, question: str, system: str | None = None) -> str:
-        """The text up to where the answer begins."""
+    def prompt(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> str:
+        """The text up to where the answer begins, after the ``earlier`` turns of the chat."""
         if not question and not system:
             return ""
         if not self.chat:
-            return "\n".join(filter(None, (system, f"Question: {question}", "Answer:")))
+            turns = [f"Question: {asked}\nAnswer: {told}" for asked, told in earlier]
+            return "\n".join(filter(None, (system, *turns, f"Question: {question}", "Answer:")))
         messages = [{"role": "user", "content": question}]
+        for asked, told in reversed(earlier):
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}, *messages]
         if system:
             messages = self.with_system(system, messages)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def encode(self, question: str, answer: str, system: str | None = None) -> Encoded:
+    def encode(self, question: str, answer: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> Encoded:
         """Tokenize prompt and answer as one text, so that tokens at the border are what generation sees.
 
         A token that reaches into the answer belongs to it.
         """
-        prompt = self.prompt(question, system)
+        prompt = self.prompt(question, system, earlier)
         text = prompt + (answer if self.chat or not prompt else " " + answer)
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not (self.chat and prompt))
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-        found = self._slot(question, system)
+        found = self._slot(question, system, earlier)
         end = found + len(question)
         inside = [i for i, (a, b) in enumerate(offsets) if b > a and b > found and a < end]
         return Encoded(tuple(ids), start, range(inside[0], inside[-1] + 1) if question and inside else range(0))
@@ -70,9 +77,9 @@ class Prompter:
         """Token ids of a rendered prompt."""
         return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
 
-    def _slot(self, question: str, system: str | None) -> int:
+    def _slot(self, question: str, system: str | None, earlier: Sequence[Turn]) -> int:
         """Where the question begins in its prompt: the frame may hold the same words, so look with a mark instead."""
-        return self.prompt(_MARK, system).find(_MARK) if question else 0
+        return self.prompt(_MARK, system, earlier).find(_MARK) if question else 0
 
     def with_system(self, system: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """The messages under a system prompt; in front of the first one where the template knows no such role."""

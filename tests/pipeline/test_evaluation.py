@@ -16,7 +16,8 @@ from pipeline.data.catalogue import PersonaSet
 from pipeline.data.forms import Item
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
-from pipeline.evaluation import State, contrasts_of, held_out, records_of
+from pipeline.evaluation import State, contrasts_of, records_of
+from pipeline.heldout import held_out
 from pipeline.intervals import auc, bootstrap_interval
 from pipeline.likelihood import AnswerScore, answer_scores, perplexity
 from pipeline.loading import load_tokenizer
@@ -28,7 +29,8 @@ GEMMA2 |= {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_soft
 
 
 def margins_of(summed, positive=None, form=FREE):
-    return Margins(form, summed, [v / 4 for v in summed], [-1.0] * len(summed), [-2.0] * len(summed), positive or [])
+    values = [v / 4 for v in summed], [-1.0] * len(summed), [-2.0] * len(summed), positive or []
+    return Margins(form, summed, *values, [("", "")] * len(summed))
 
 
 def test_scores_respect_soft_capping():
@@ -154,6 +156,30 @@ def test_records_and_contrasts_of_known_margins():
     assert contrast.shift_low <= contrast.shift <= contrast.shift_high
 
 
+def test_halves_that_begin_with_yes_and_with_no():
+    openings = [("yes", "no"), ("yes", "no"), ("no", "yes"), ("i", "no"), ("yesterday", "yes")]
+    got = Margins(FREE, [], [1.0, -1.0, 0.0, 2.0, 3.0], [], [], [], openings)
+    assert [got.half(True, word) for word in ("yes", "no")] == [(2, 0.5), (1, 0.5)]
+    assert [got.half(False, word) for word in ("yes", "no")] == [(2, 0.25), (3, 1 / 3)]
+    assert Margins(FREE, [1.0], [1.0], [], [], [], [("a", "b")]).half(True, "yes") == (0, None)
+
+
+def test_openings_and_mass_of_scored_items(ground):
+    """The model's likings are for the two answers' own tokens, so their probabilities are known."""
+    prompter = Prompter(load_tokenizer(str(ground.llama)))
+    first, second = (prompter.encode("q", letter).ids[-1] for letter in "AB")
+    model, tokens = Counter(len(prompter.tokenizer), {first: 3.0, second: 2.0}), len(prompter.tokenizer)
+    asked = [Item("q", "A", "B", "statement"), Item("q", "A", "B", "statement")]
+    got = margins(model, prompter, asked, STATEMENT, system=None, limits=Limits(512, 4096, 0))
+    total = math.exp(3) + math.exp(2) + tokens - 2
+    assert got.mass == pytest.approx([(math.exp(3) + math.exp(2)) / total] * 2, rel=1e-5)
+    assert got.take([1, 1, 0]).mass == got.mass + got.mass[:1]
+    starts = [Item("q", " Yes, I do", "Yesterday.", "pair"), Item("q", "“No” is it", "…", "pair")]
+    got = margins(model, prompter, starts, FREE, system=None, limits=Limits(512, 4096, 0))
+    assert got.openings == [("yes", "yesterday"), ("no", "")]
+    assert got.positive == [True, False]
+
+
 def test_what_was_calibrated_on_is_left_out(finished, ground, tmp_path):
     manifest, said = json.loads((finished / "manifest.json").read_text()), []
     held = tmp_path / "held.csv"
@@ -193,6 +219,9 @@ def test_statements_through_the_program(finished, held, tmp_path, resamples):
     for record in report["records"]:
         assert (record["form"], record["n"]) == ("statement", 6)
         assert 0 <= record["auc"] <= 1
+        assert (record["n_yes"], record["n_no"]) == (3, 3)
+        assert (record["score_yes"] + record["score_no"]) / 2 == pytest.approx(record["score_normalised"])
+        assert 0 < record["answer_mass"] < 1
         assert record["removed"] == pytest.approx(0.3 if " mask" in record["condition"] else 0.0, abs=0.03)
     by = {(r["condition"], r["persona"]): r for r in report["records"]}
     for pole, other in (("up", "down"), ("down", "up")):

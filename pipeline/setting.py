@@ -1,0 +1,72 @@
+"""A state of the model and what stands before a question, and the model in that state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeline.baselines.steering import Steering, Strength, steered
+from pipeline.config import EvaluateConfig
+from pipeline.data.catalogue import PersonaSet
+from pipeline.neutral import NeutralMasks
+from pipeline.protocol import Earlier, Limits
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A state of the model (mask, vector) and what stands before a question; without all of them the base model.
+
+    ``persona`` is the pole that it speaks for, "" for both. ``opposite`` names the condition that such a setting is
+    held against.
+    """
+
+    condition: str
+    persona: str
+    mask: str | None = None
+    system: str | None = None
+    earlier: Earlier | None = None
+    steering: Steering | None = None
+    opposite: str = ""
+
+
+UNMASKED = Setting("unmasked", "")
+NOTHING_ADDED = Steering({}, Strength(0.0, 0.0, 0.0, True))
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What settings are made from: the model with its masks, and how to feed it."""
+
+    model: Any
+    prompter: Any
+    limits: Limits
+    config: EvaluateConfig
+
+    @cached_property
+    def neutral(self) -> NeutralMasks:
+        """Kept, because all pairs share one gradient of neutral text."""
+        return NeutralMasks(self.model, self.config.run, self.prompter, self.limits.batch_tokens)
+
+
+@contextmanager
+def applied(ground: Ground, setting: Setting) -> Iterator[None]:
+    """The model as the setting says, for the time of a block; words are up to who asks."""
+    added = setting.steering or NOTHING_ADDED
+    with (
+        ground.model.using(setting.mask, ground.config.gamma if setting.mask else 0.0),
+        steered(ground.model.model, added.vectors, added.strength.value),
+    ):
+        yield
+
+
+def prompt_ids(ground: Ground, setting: Setting, question: str) -> list[int]:
+    """The tokens that the model reads before it answers a question under a setting."""
+    turns = setting.earlier(question) if setting.earlier else ()
+    return ground.prompter.ids(ground.prompter.prompt(question, setting.system, turns))
+
+
+def poles(pair: PersonaSet) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Each pole with its opponent."""
+    assert pair.minus is not None
+    return (pair.plus, pair.minus), (pair.minus, pair.plus)
