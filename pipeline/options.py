@@ -62,3 +62,42 @@ class RoleplayConfig:
         options = evaluation_options(self)
         if unknown := [name for name in options.wanted if name not in ROLEPLAY_CONDITIONS]:
             raise UserError(f"--conditions: unknown {unknown[0]!r}; known are {', '.join(ROLEPLAY_CONDITIONS)}")
+
+
+@dataclass
+class QuestionnaireConfig:
+    """Which run to ask, and how."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote, with masks of types (--personas types) or poles (dichotomies)."""
+    samples: int = 0
+    """At most so many items per dichotomy, drawn with the seed; 0 takes all eight."""
+    model: str = ""
+    """Model to load instead of the one in the manifest (it must have the same weights)."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto."""
+    gamma: float = 0.0
+    """Soft gate: share of a removed weight that stays, in [0, 1) (eq. 7)."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    batch_tokens: int = 2048
+    """Tokens of a padded batch."""
+    bootstrap: int = 2000
+    """Resamples for the 95 % intervals."""
+    json: Path | None = None
+    """Write the records here (schema in docs/questionnaire.md); default RUN/questionnaire.json."""
+    radar: Path | None = None
+    """PNG of the radar plot; default RUN/questionnaire-radar.png."""
+    heat_map: Path | None = None
+    """PNG of the heat map; default RUN/questionnaire-heat.png."""
+    seed: int = 0
+    """Seed of the draw and the bootstrap."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        self.json = Path(self.json) if self.json else self.run / "questionnaire.json"
+        self.radar = Path(self.radar) if self.radar else self.run / "questionnaire-radar.png"
+        self.heat_map = Path(self.heat_map) if self.heat_map else self.run / "questionnaire-heat.png"
+        evaluation_options(self)

@@ -37,6 +37,13 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
             right.errorbar(shifts, places, xerr=errors, fmt="o", color=colour, capsize=3)
         _label(left, right, present, group, pair, form)
     figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG under a temporary name, rename it, and close it. Raises OSError."""
+    from matplotlib import pyplot
+
     temporary = path.with_name(f".{path.name}.tmp.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
