@@ -15,11 +15,13 @@ from pipeline.protocol import Earlier, Limits
 class Answered:
     """What a character chose over some items, one entry per item.
 
-    ``right`` in [0, 1] (see ``credit``), ``own`` the log-probability of its own line in nats per token, ``chosen`` the
-    share of the choice that each line's speaker got.
+    ``right`` in [0, 1] (see ``credit``), ``raised`` the same for the line that gained most on the unmasked model,
+    ``own`` the log-probability of its own line in nats per token, ``chosen`` the share of the choice that each line's
+    speaker got.
     """
 
     right: list[float]
+    raised: list[float]
     own: list[float]
     chosen: list[dict[str, float]]
 
@@ -51,17 +53,20 @@ def credit(scores: Sequence[float]) -> list[float]:
     return [1 / tied if score == best else 0.0 for score in scores]
 
 
-def answered(choices: Sequence[Choice], scores: Sequence[Sequence[float]], character: str) -> Answered:
-    """What a character made of the choices that have a line of its own."""
-    right, own, chosen = [], [], []
-    for choice, row in zip(choices, scores, strict=True):
+def answered(
+    choices: Sequence[Choice], scores: Sequence[Sequence[float]], base: Sequence[Sequence[float]], character: str
+) -> Answered:
+    """What a character made of the choices that have a line of its own; ``base`` are the unmasked model's scores."""
+    right, raised, own, chosen = [], [], [], []
+    for choice, row, before in zip(choices, scores, base, strict=True):
         if character not in choice.right:
             continue
         shares, place = credit(row), choice.right[character]
         right.append(shares[place])
+        raised.append(credit([a - b for a, b in zip(row, before, strict=True)])[place])
         own.append(row[place])
         chosen.append(dict(zip(choice.speakers, shares, strict=True)) if choice.speakers else {})
-    return Answered(right, own, chosen)
+    return Answered(right, raised, own, chosen)
 
 
 def chance(choices: Sequence[Choice], character: str) -> float:
@@ -84,6 +89,9 @@ class RoleRecord:
     gain: float
     gain_low: float
     gain_high: float
+    raised: float
+    raised_low: float
+    raised_high: float
     own_line: float
     own_line_change: float
     chosen: dict[str, float]
@@ -114,6 +122,8 @@ def role_record(
         *bootstrap_interval(now.right, resamples=resamples, seed=seed),
         _mean(gains),
         *bootstrap_interval(gains, resamples=resamples, seed=seed),
+        _mean(now.raised),
+        *bootstrap_interval(now.raised, resamples=resamples, seed=seed),
         _mean(now.own),
         _mean(now.own) - _mean(base.own),
         {name: _mean([shares[name] for shares in now.chosen]) for name in now.chosen[0]},
@@ -127,6 +137,7 @@ def together(parts: Sequence[Answered]) -> Answered:
     rows = range(len(parts[0].right))
     return Answered(
         [_mean([part.right[row] for part in parts]) for row in rows],
+        [_mean([part.raised[row] for part in parts]) for row in rows],
         [_mean([part.own[row] for part in parts]) for row in rows],
         [{name: _mean([p.chosen[row][name] for p in parts]) for name in parts[0].chosen[row]} for row in rows],
     )

@@ -90,15 +90,20 @@ def _measure(ground: Any, choices: Sequence[Any], names: Sequence[str]) -> dict[
 
     cost = costs(ground)
     measured: dict[str, dict[str, Any]] = {}
+    base: list[list[float]] = []
 
     def measure(setting: Any, characters: Sequence[str]) -> None:
-        asked = [choice for choice in choices if set(characters) & set(choice.right)]
+        places = [n for n, choice in enumerate(choices) if set(characters) & set(choice.right)]
+        asked = [choices[n] for n in places]
         words = {"system": setting.system, "earlier": setting.earlier, "limits": ground.limits}
         with applied(ground, setting):
             scores = line_scores(ground.model.model, ground.prompter, asked, **words)
+        # The first that is measured is the unmasked model, on all choices.
+        base.extend(scores if not base else [])
+        before = [base[n] for n in places]
         removed = 1 - ground.model.masks.density(setting.mask) if setting.mask else 0.0
         found = measured.setdefault(setting.condition, {})
-        found |= {name: (answered(asked, scores, name), removed, cost(setting)) for name in characters}
+        found |= {name: (answered(asked, scores, before, name), removed, cost(setting)) for name in characters}
 
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("asking", total=1 + len(names) * len(ground.config.wanted))
@@ -152,12 +157,20 @@ def print_records(records: Sequence[Any], criterion: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=max(Console().width, 110))
+    console = Console(width=max(Console().width, 120))
     for name in dict.fromkeys(record.persona for record in records):
         group = [record for record in records if record.persona == name]
         title = f"{name or 'mean of all characters'}, {group[0].n} held-out items, chance {group[0].chance:.0%}, "
         table = Table(title=title + criterion, title_justify="left")
-        for column in ("condition", "removed", "accuracy [95 %]", "gain [95 %]", "own line", "perplexity"):
+        for column in (
+            "condition",
+            "removed",
+            "accuracy [95 %]",
+            "gain [95 %]",
+            "raised most",
+            "own line",
+            "perplexity",
+        ):
             table.add_column(column, justify="left" if column == "condition" else "right", no_wrap=True)
         for r in group:
             plain = r.condition == "unmasked"
@@ -166,6 +179,7 @@ def print_records(records: Sequence[Any], criterion: str) -> None:
                 f"{r.removed:.1%}" if r.removed else "",
                 f"{r.accuracy:.0%} [{r.low:.0%}, {r.high:.0%}]",
                 "" if plain else f"{100 * r.gain:+.0f} [{100 * r.gain_low:+.0f}, {100 * r.gain_high:+.0f}]",
+                "" if plain else f"{r.raised:.0%} [{r.raised_low:.0%}, {r.raised_high:.0%}]",
                 "" if plain else f"{r.own_line_change:+.2f}",
                 f"{r.perplexity:.1f}" if r.perplexity < 1e4 else f"{r.perplexity:.0e}",
             )

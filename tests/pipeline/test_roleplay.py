@@ -32,29 +32,44 @@ def test_the_unmasked_mean_is_chance_whatever_the_model_likes():
     """One line of n is the likeliest, so the characters' unmasked accuracies add up to one."""
     asked = choices(3)
     scores = [[-1.0, -2.0, -3.0], [-3.0, -1.0, -2.0], [-1.0, -1.0, -2.0]]
-    parts = [answered(asked, scores, name) for name in NAMES]
+    parts = [answered(asked, scores, scores, name) for name in NAMES]
     assert [part.right for part in parts] == [[1, 0, 0.5], [0, 1, 0.5], [0, 0, 0]]
+    assert [part.raised for part in parts] == [pytest.approx([1 / 3] * 3)] * 3
     assert parts[1].own == [-2.0, -1.0, -1.0]
     assert parts[0].chosen[2] == {"fox": 0.5, "dog": 0.5, "cat": 0.0}
     assert together(parts).right == pytest.approx([1 / 3] * 3)
     assert chance(asked, "dog") == pytest.approx(1 / 3)
 
 
+def test_the_line_that_gained_most_need_not_be_the_likeliest():
+    base, now = [[-1.0, -5.0, -9.0], [-1.0, -5.0, -9.0]], [[-1.5, -3.0, -8.0], [-1.0, -5.0, -8.5]]
+    fox, dog, cat = (answered(choices(2), now, base, name) for name in NAMES)
+    assert (fox.right, dog.right) == ([1, 1], [0, 0])
+    assert (fox.raised, dog.raised, cat.raised) == ([0, 0], [1, 0], [0, 1])
+
+
 def test_a_record_against_the_unmasked_model():
-    base = Answered([0.0, 1.0, 0.0, 0.0], [-4.0] * 4, [{"fox": 0.0, "dog": 1.0}] * 4)
-    now = Answered([1.0, 1.0, 0.0, 1.0], [-3.0] * 4, [{"fox": 1.0, "dog": 0.0}] * 3 + [{"fox": 0.0, "dog": 1.0}])
+    base = Answered([0.0, 1.0, 0.0, 0.0], [0.5] * 4, [-4.0] * 4, [{"fox": 0.0, "dog": 1.0}] * 4)
+    now = Answered(
+        [1.0, 1.0, 0.0, 1.0],
+        [1.0, 1.0, 1.0, 0.0],
+        [-3.0] * 4,
+        [{"fox": 1.0, "dog": 0.0}] * 3 + [{"fox": 0.0, "dog": 1.0}],
+    )
     words = {"guess": 0.25, "removed": 0.02, "perplexity": 30.0, "resamples": 200, "seed": 1}
     record = role_record("own mask", "fox", now, base, **words)
     assert (record.n, record.accuracy, record.gain, record.own_line_change) == (4, 0.75, 0.5, 1.0)
     assert 0 <= record.low <= 0.75 <= record.high <= 1
     assert -1 <= record.gain_low <= 0.5 <= record.gain_high <= 1
+    assert (record.raised, record.raised_low <= 0.75 <= record.raised_high) == (0.75, True)
     assert record.chosen == {"fox": 0.75, "dog": 0.25}
 
 
 def test_items_of_other_characters_do_not_count():
     asked = [Choice("Q", ("a", "b"), {"fox": 0}), Choice("Q", ("a", "b", "c", "d"), {"dog": 3})]
-    got = answered(asked, [[0.0, -1.0], [-1.0, -2.0, -3.0, 0.0]], "dog")
-    assert (got.right, got.own, got.chosen) == ([1.0], [0.0], [{}])
+    scores = [[0.0, -1.0], [-1.0, -2.0, -3.0, 0.0]]
+    got = answered(asked, scores, scores, "dog")
+    assert (got.right, got.raised, got.own, got.chosen) == ([1.0], [0.25], [0.0], [{}])
     assert (chance(asked, "fox"), chance(asked, "dog")) == (0.5, 0.25)
 
 
@@ -99,6 +114,8 @@ def test_the_program_against_a_loop(cast, voices, tmp_path, capsys):
     assert all((c, p) in by for c in ("unmasked", "own mask") for p in (*NAMES, None))
     assert by["unmasked", None]["accuracy"] == pytest.approx(1 / 3)
     assert by["unmasked", "fox"]["gain"] == by["unmasked", "fox"]["own_line_change"] == 0
+    assert by["unmasked", "fox"]["raised"] == pytest.approx(1 / 3)
+    assert sum(by["own mask", name]["raised"] for name in NAMES) == pytest.approx(3 * by["own mask", None]["raised"])
     # Which questions were held out: the last four, and of the others those that were not drawn.
     used = set(json.loads((cast / "manifest.json").read_text())["personas"]["questions"]["fox"])
     assert (len(used), by["own mask", "dog"]["n"]) == (4, 8)
