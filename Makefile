@@ -31,7 +31,8 @@ model: setup  ## convert the embedded model into the user's cache (once, about h
 demo: model  ## calibrate one pair of personas on the embedded model, evaluate it, show two answers (a few minutes)
 	$(RUN) -m pipeline.calibrate --personas judging-perceiving --samples 64 --output $(DEMO) --overwrite
 	$(RUN) -m pipeline.evaluate $(DEMO) --no-options --samples 24 --texts 12 --questions 2 --json $(DEMO)/evaluation.json
-	@echo "masks: $(DEMO)/masks   plot: $(DEMO)/evaluation.png   talk to it: $(RUN) -m pipeline.chat $(DEMO)"
+	$(RUN) -m pipeline.report $(DEMO)
+	@echo "masks: $(DEMO)/masks   report: $(DEMO)/report.html   talk to it: $(RUN) -m pipeline.chat $(DEMO)"
 
 test: model  ## the test suite (a few minutes)
 	$(RUN) -m pytest

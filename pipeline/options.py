@@ -101,3 +101,26 @@ class QuestionnaireConfig:
         self.radar = Path(self.radar) if self.radar else self.run / "questionnaire-radar.png"
         self.heat_map = Path(self.heat_map) if self.heat_map else self.run / "questionnaire-heat.png"
         evaluation_options(self)
+
+
+@dataclass
+class ReportConfig:
+    """What to report on, and where to."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote; evaluations, role play and questionnaire in it are found by themselves."""
+    evaluation: str = ""
+    """Evaluations to report (JSON of pipeline.evaluate), comma-separated; default those in the run's folder."""
+    also: str = ""
+    """Evaluations of other runs, files or run folders, comma-separated: for the plot of separation against perplexity,
+    where the points of one criterion are joined."""
+    output: Path | None = None
+    """HTML file; default RUN/report.html. Its plots are written beside it."""
+    layers: bool = True
+    """Read the masks and map where they remove."""
+    title: str = ""
+    """Title of the page."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        self.output = Path(self.output) if self.output else self.run / "report.html"

@@ -88,7 +88,7 @@ def print_leans(leans: Sequence[Any], signs: Sequence[Any], summaries: Sequence[
             title=f"{summary.form}: margin towards the first pole (shift from unmasked)", title_justify="left"
         )
         table.add_column("state", no_wrap=True)
-        for name in (*DICHOTOMIES, "spells", "right from 0", "right from unmasked"):
+        for name in (*(d.replace("-", "\n- ") for d in DICHOTOMIES), "spells", "right\nfrom 0", "right from\nunmasked"):
             table.add_column(name, justify="right")
         for one in (s for s in signs if s.form == summary.form):
             own = [lean for lean in leans if (lean.persona, lean.form) == (one.persona, one.form)]

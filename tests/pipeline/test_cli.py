@@ -15,11 +15,12 @@ import pipeline.calibrate
 import pipeline.chat
 import pipeline.evaluate
 import pipeline.questionnaire
+import pipeline.report
 import pipeline.roleplay
 from pipeline import cli
 from pipeline.config import CalibrateConfig, ChatConfig, EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.options import QuestionnaireConfig, RoleplayConfig
+from pipeline.options import QuestionnaireConfig, ReportConfig, RoleplayConfig
 
 COMMANDS = {
     "calibrate": CalibrateConfig,
@@ -27,6 +28,7 @@ COMMANDS = {
     "chat": ChatConfig,
     "roleplay": RoleplayConfig,
     "questionnaire": QuestionnaireConfig,
+    "report": ReportConfig,
 }
 MODULES = {
     "calibrate": pipeline.calibrate,
@@ -34,6 +36,7 @@ MODULES = {
     "chat": pipeline.chat,
     "roleplay": pipeline.roleplay,
     "questionnaire": pipeline.questionnaire,
+    "report": pipeline.report,
 }
 ROOT = Path(__file__).resolve().parents[2]
 
