@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeVar
 
+from pipeline.data.catalogue import TYPES
 from pipeline.masks import PersonaMasks
 
 K = TypeVar("K", bound=Hashable)
@@ -78,6 +80,27 @@ def grouped(parts: Mapping[str, Overlap], key: Callable[[str], K]) -> dict[K, Ov
         name = key(layer)
         sums[name] = sums[name] + part if name in sums else part
     return sums
+
+
+@dataclass(frozen=True)
+class Related:
+    """Two personas and the overlap of what their masks remove; ``shared`` letters for two types, else None (T. 13)."""
+
+    a: str
+    b: str
+    shared: int | None
+    opposed: bool
+    overlap: Overlap
+
+
+def related(masks: PersonaMasks, opponents: Mapping[str, str]) -> list[Related]:
+    """Every two personas of a run, in order."""
+    found = []
+    for a, b in combinations(masks.personas, 2):
+        shared = sum(x == y for x, y in zip(a, b, strict=True)) if a in TYPES and b in TYPES else None
+        whole = grouped(overlaps(masks, a, b), lambda _: "")[""]
+        found.append(Related(a, b, shared, opponents.get(a) == b, whole))
+    return found
 
 
 def depth_of(layer: str) -> int | None:

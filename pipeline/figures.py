@@ -159,3 +159,39 @@ def _map(
     axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
     axis.set_xlabel("block", fontsize=8)
     figure.colorbar(image, ax=axis, shrink=0.85).ax.tick_params(labelsize=7)
+
+
+def analysis_plot(others: Any, names: Sequence[str], states: Any, path: Path) -> None:
+    """Left, the overlap of what any two personas remove, over chance; right, inner states of each pair's two masks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import TwoSlopeNorm
+
+    height = max(4.0, 1.6 + 0.3 * len(names))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(6 + height, height), layout="constrained")
+    lifts = {(one.a, one.b): one.overlap.lift for one in others}
+    values = [[_known(lifts.get((a, b), lifts.get((b, a)))) for b in names] for a in names]
+    reach = max([2.0, *(v for row in values for v in row if math.isfinite(v))])
+    image = left.imshow(values, cmap="PuOr_r", norm=TwoSlopeNorm(vmin=0, vcenter=1, vmax=reach))
+    left.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
+    left.set_yticks(range(len(names)), names, fontsize=7)
+    left.set_title("removed by both, times chance", fontsize=10, loc="left")
+    figure.colorbar(image, ax=left, shrink=0.8)
+    for number, ((a, b), found) in enumerate(states.items()):
+        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        rows = found["masks"]
+        words = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2, "label": f"{a}, {b}"}
+        right.plot([row.layer for row in rows], [row.cosine for row in rows], **words)
+    if states:
+        right.set_xlabel("after layer (0: embeddings)")
+        right.set_title("cosine of inner states under the two masks", fontsize=10, loc="left")
+        right.legend(fontsize=7, frameon=False)
+    else:
+        right.set_visible(False)
+    save_figure(figure, path)
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value

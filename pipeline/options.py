@@ -124,3 +124,42 @@ class ReportConfig:
     def __post_init__(self) -> None:
         self.run = Path(self.run)
         self.output = Path(self.output) if self.output else self.run / "report.html"
+
+
+@dataclass
+class AnalyseConfig:
+    """Which masks to compare, and how."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote."""
+    pairs: str = ""
+    """Only these pairs of opposing personas, comma-separated by their first persona; default all."""
+    questions: int = 32
+    """Held-out questions of every pair on which inner states are compared; 0 compares the masks only, without a
+    model."""
+    data: str = ""
+    """Where the questions come from, as for pipeline.evaluate."""
+    model: str = ""
+    """Model to load instead of the one in the manifest (it must have the same weights)."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto."""
+    gamma: float = 0.0
+    """Soft gate: share of a removed weight that stays, in [0, 1) (eq. 7)."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    batch_tokens: int = 2048
+    """Tokens of a padded batch."""
+    json: Path | None = None
+    """Write the numbers here (schema in docs/analyse.md); default RUN/analysis.json."""
+    plot: Path | None = None
+    """PNG; default RUN/analysis.png."""
+    seed: int = 0
+    """Seed of the draw of questions."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        self.json = Path(self.json) if self.json else self.run / "analysis.json"
+        self.plot = Path(self.plot) if self.plot else self.run / "analysis.png"
+        evaluation_options(self)

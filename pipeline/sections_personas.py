@@ -1,6 +1,6 @@
 """The parts of the HTML report about personas: role play, questionnaire, where masks remove (docs/report.md)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.analysis import Overlap, grouped, kind_of
@@ -77,17 +77,21 @@ def _lean(lean: Any, masked: bool) -> str:
 
 
 def layers(pairs: Sequence[tuple[str, str, dict[str, Overlap]]]) -> Html:
-    """For every pair of personas, by kind of layer: what each removes, and what both do, against chance."""
-    return join([overlap_table(a, b, parts) for a, b, parts in pairs])
+    """What each of a pair removes, and what both do, against chance: over all layers, and folded by kind of layer."""
+    whole = [(f"{a}, {b}", grouped(parts, lambda _: "")[""]) for a, b, parts in pairs]
+    folded = [
+        details(f"{a} and {b} by kind of layer", overlap_table("layers", list(grouped(parts, kind_of).items())))
+        for a, b, parts in pairs
+    ]
+    return join([overlap_table("pair", whole), *folded])
 
 
-def overlap_table(a: str, b: str, parts: Mapping[str, Overlap]) -> Html:
-    """One pair's overlap by kind of layer and in all."""
-    rows = [*grouped(parts, kind_of).items(), *grouped(parts, lambda _: "all layers").items()]
+def overlap_table(what: str, rows: Sequence[tuple[str, Overlap]]) -> Html:
+    """Overlaps in a table; ``what`` is over their names."""
     header = (
-        "layers",
-        f"{a} removes",
-        f"{b} removes",
+        what,
+        "first removes",
+        "second removes",
         "kept by one only",
         "Jaccard of the removed",
         "by chance",
@@ -104,4 +108,4 @@ def overlap_table(a: str, b: str, parts: Mapping[str, Overlap]) -> Html:
         ]
         for name, part in rows
     ]
-    return table(header, cells, caption=f"{a} and {b}", main="all layers")
+    return table(header, cells)

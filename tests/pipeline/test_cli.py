@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.analyse
 import pipeline.calibrate
 import pipeline.chat
 import pipeline.evaluate
@@ -20,7 +21,7 @@ import pipeline.roleplay
 from pipeline import cli
 from pipeline.config import CalibrateConfig, ChatConfig, EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.options import QuestionnaireConfig, ReportConfig, RoleplayConfig
+from pipeline.options import AnalyseConfig, QuestionnaireConfig, ReportConfig, RoleplayConfig
 
 COMMANDS = {
     "calibrate": CalibrateConfig,
@@ -29,6 +30,7 @@ COMMANDS = {
     "roleplay": RoleplayConfig,
     "questionnaire": QuestionnaireConfig,
     "report": ReportConfig,
+    "analyse": AnalyseConfig,
 }
 MODULES = {
     "calibrate": pipeline.calibrate,
@@ -37,6 +39,7 @@ MODULES = {
     "roleplay": pipeline.roleplay,
     "questionnaire": pipeline.questionnaire,
     "report": pipeline.report,
+    "analyse": pipeline.analyse,
 }
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,125 @@
+"""``python -m pipeline.analyse RUN``: what the masks of a run have in common, and what they do inside the model."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.cli import note, parse, quiet_libraries, run
+from pipeline.errors import UserError
+from pipeline.options import AnalyseConfig, evaluation_options
+
+DESCRIPTION = (
+    "Compare the masks of a run: what the two poles of a pair remove, by layer (the paper's T. 2), how far any two "
+    "personas overlap against chance (T. 13), and how alike the model's inner states are under a pair's two masks, "
+    "block by block (T. 3)."
+)
+SCHEMA = "persona-subnetworks/analysis"
+SCHEMA_VERSION = 1
+WIDE = 10
+"""Up to so many personas, the matrix of overlaps is printed."""
+
+
+def analyse(config: AnalyseConfig) -> dict[str, Any]:
+    """Compare the masks; prints tables, writes plot and JSON, whose content it returns. Raises UserError."""
+    from pipeline.analysis import overlaps, related
+    from pipeline.comparing import entry, pool_of, print_pair, print_related, print_similarity
+    from pipeline.figures import analysis_plot
+    from pipeline.results import finite, heading, write_results, writing
+    from pipeline.store import load_manifest, load_masks
+
+    manifest = load_manifest(config.run)
+    opponents = manifest["personas"]["opponents"]
+    pairs = _pairs(manifest, config)
+    masks = load_masks(config.run)
+    parts = {pair: overlaps(masks, *pair) for pair in pairs}
+    for pair, found in parts.items():
+        print_pair(*pair, found)
+    others = related(masks, opponents)
+    print_related(others, masks.personas if len(masks.personas) <= WIDE else (), pool_of(manifest))
+    states = _similarity(config, pairs) if config.questions else {}
+    for pair, rows in states.items():
+        print_similarity(*pair, rows)
+    assert config.json is not None
+    assert config.plot is not None
+    with writing(config.plot):
+        analysis_plot(others, masks.personas, states, config.plot)
+    note(f"plot: {config.plot}")
+    content = {
+        **heading(SCHEMA, SCHEMA_VERSION, config, manifest),
+        "pool": pool_of(manifest),
+        "pairs": [
+            {"a": a, "b": b, "layers": [{"layer": name} | entry(part) for name, part in found.items()]}
+            for (a, b), found in parts.items()
+        ],
+        "related": [
+            {"a": one.a, "b": one.b, "shared": one.shared, "opposed": one.opposed} | entry(one.overlap)
+            for one in others
+        ],
+        "similarity": [
+            {"a": a, "b": b, "between": between} | finite(dataclasses.asdict(row))
+            for (a, b), found in states.items()
+            for between, rows in found.items()
+            for row in rows
+        ],
+    }
+    write_results(config.json, content)
+    note(f"records: {config.json}")
+    return content
+
+
+def _pairs(manifest: dict[str, Any], config: AnalyseConfig) -> list[tuple[str, str]]:
+    """Opposing personas that both have a mask, each pair once."""
+    pairs: list[tuple[str, str]] = []
+    for a, b in manifest["personas"]["opponents"].items():
+        if a in manifest["masks"] and b in manifest["masks"] and (b, a) not in pairs:
+            pairs.append((a, b))
+    if config.pairs:
+        wanted = [name.strip() for name in config.pairs.split(",")]
+        if unknown := set(wanted) - {a for a, _ in pairs}:
+            known = ", ".join(a for a, _ in pairs)
+            raise UserError(f"--pairs: no pair begins with {', '.join(sorted(unknown))}; known are {known}")
+        pairs = [pair for pair in pairs if pair[0] in wanted]
+    return pairs
+
+
+def _similarity(config: AnalyseConfig, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """By pair: the two masks against each other, and each against the unmasked model."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from pipeline.data.module import draw
+    from pipeline.heldout import held_out
+    from pipeline.setting import ground_of
+    from pipeline.similarity import last_states, similarities
+    from pipeline.store import load_manifest
+    from pipeline.textual import chosen_items
+
+    sets = held_out(load_manifest(config.run), config.data, False, note)
+    ground = ground_of(evaluation_options(config))
+    found = {}
+    chosen = [one for one in sets if (one.plus, one.minus) in pairs]
+    for one in track(chosen, "comparing", console=Console(stderr=True)):
+        asked = draw(chosen_items(one, len(one.items)), config.questions, config.seed)
+        prompts = ground.limits.cut([ground.prompter.encode(item.question, "") for item in asked])
+        states = {}
+        for name in (None, one.plus, one.minus):
+            with ground.model.using(name, config.gamma if name else 0.0):
+                options = {"batch_tokens": ground.limits.batch_tokens, "pad": ground.limits.pad}
+                states[name] = last_states(ground.model.model, prompts, **options)
+        found[one.plus, str(one.minus)] = {
+            "masks": similarities(states[one.plus], states[one.minus]),
+            "unmasked and a": similarities(states[None], states[one.plus]),
+            "unmasked and b": similarities(states[None], states[one.minus]),
+        }
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse(AnalyseConfig, DESCRIPTION, argv)
+    quiet_libraries()
+    return run(lambda: analyse(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
