@@ -202,9 +202,9 @@ class EvaluateConfig:
     steering_layers: str = ""
     """steering: decoder blocks whose output the vector is added to, numbered from 0, comma-separated; default four
     around the middle."""
-    steering_strength: str = "shift"
-    """steering: a number, or what makes the vector as strong as the mask: "shift" (of the margin on calibration items)
-    or "cost" (the perplexity of neutral answers)."""
+    steering_strength: str = "cost"
+    """steering: a number, or what makes the vector as strong as the mask: "cost" (the perplexity of neutral answers)
+    or "shift" (of the margin on calibration items, which a mask fits far better)."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True
