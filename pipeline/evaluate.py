@@ -28,10 +28,11 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     from pipeline.loading import pick_device
     from pipeline.measuring import measure_all
     from pipeline.model import PersonaModel
+    from pipeline.plots import plot
     from pipeline.protocol import Limits
-    from pipeline.report import plot, print_efficiency, print_generation, print_table
     from pipeline.setting import Ground
     from pipeline.store import load_manifest
+    from pipeline.tables import print_efficiency, print_generation, print_table
 
     manifest = load_manifest(config.run)
     pairs = _chosen(held_out(manifest, config.data, config.strict, note), config)

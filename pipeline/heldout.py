@@ -3,7 +3,16 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.data.catalogue import DICHOTOMIES, TYPES, VOICES, Catalogue, PersonaSet, load_catalogue, shipped_set
+from pipeline.data.catalogue import (
+    DICHOTOMIES,
+    ROLES,
+    TYPES,
+    VOICES,
+    Catalogue,
+    PersonaSet,
+    load_catalogue,
+    shipped_set,
+)
 from pipeline.data.forms import Item
 from pipeline.data.voices import CHARACTERS, against_the_others, shipped_characters
 from pipeline.errors import UserError
@@ -59,7 +68,7 @@ def type_items(name: str) -> Iterable[Item]:
 
 def _from_data(data: str, opponents: dict[str, str], strict: bool, say: Callable[[str], None]) -> list[PersonaSet]:
     parts = [p.strip() for p in data.split(",") if p.strip()]
-    if len(parts) == 1 and "=" not in parts[0] and not parts[0].startswith(VOICES) and len(opponents) == 2:
+    if len(parts) == 1 and "=" not in parts[0] and not parts[0].startswith((VOICES, ROLES)) and len(opponents) == 2:
         # One pair of personas, one file: no need to name them again.
         plus = next(iter(opponents))
         parts = [f"{plus}/{opponents[plus]}={parts[0]}"]

@@ -48,7 +48,7 @@ def measure_all(ground: Ground, pairs: Sequence[PersonaSet]) -> Results:
 
 def _scores(ground: Ground, pairs: Sequence[PersonaSet]) -> Results:
     config, wanted = ground.config, ground.config.wanted
-    cost = _costs(ground)
+    cost = costs(ground)
     results = Results()
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("evaluating", total=(1 + len(wanted)) * len(pairs))
@@ -86,7 +86,7 @@ def _measure(ground: Ground, pair: PersonaSet, setting: Setting, cost: Callable[
     return State(setting.condition, setting.persona, setting.system, removed, cost(setting), measured, setting.opposite)
 
 
-def _costs(ground: Ground) -> Callable[[Setting], float]:
+def costs(ground: Ground) -> Callable[[Setting], float]:
     """Measures the perplexity of the neutral texts under a setting, once for each mask."""
     limits, seen = ground.limits, dict[str | None, float]()
     texts = limits.cut([ground.prompter.encode("", text) for text in neutral_texts()[: ground.config.texts or None]])

@@ -49,6 +49,20 @@ class Ground:
         return NeutralMasks(self.model, self.config.run, self.prompter, self.limits.batch_tokens)
 
 
+def ground_of(config: EvaluateConfig) -> Ground:
+    """Load the run's masks and the model they were made for. Raises UserError."""
+    import torch
+
+    from pipeline.data.prompts import Prompter
+    from pipeline.loading import pick_device
+    from pipeline.model import PersonaModel
+
+    dtype, device = getattr(torch, config.precision), pick_device(config.device)
+    model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=device)
+    limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
+    return Ground(model, Prompter(model.tokenizer), limits, config)
+
+
 @contextmanager
 def applied(ground: Ground, setting: Setting) -> Iterator[None]:
     """The model as the setting says, for the time of a block; words are up to who asks."""

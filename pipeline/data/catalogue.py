@@ -31,6 +31,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 VOICES = "voices:"
 """Marks a file in which one question has an answer per persona."""
 
+ROLES = "roleagentbench:"
+"""Marks a folder or hub id of RoleAgentBench's layout."""
+
 RESERVED = ("none", NEUTRAL)
 """The unmasked model in the chat, and the neutral set."""
 
@@ -86,7 +89,8 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
 
     ``personas`` is a comma-separated list of: ``dichotomies`` (the four shipped sets), ``types``
     (the sixteen types, united from them), a shipped set's name, a type such as ``INTJ``, or
-    ``characters`` (the four shipped voices), ``voices:FILE`` (a file of the voices form), or
+    ``characters`` (the four shipped voices), ``voices:FILE`` (a file of the voices form),
+    ``roleagentbench:FOLDER`` (or hub id; the roles of its reactions), or
     ``[PLUS[/MINUS]=]SOURCE`` with a file or hub id of the user's own. ``compose`` adds mixtures,
     ``NAME[/OPPOSITE]=0.7*introvert+0.3*thinking``.
     """
@@ -98,6 +102,8 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
             _add_sets(catalogue, shipped_set(part))
         elif part == "characters" or part.startswith(VOICES):
             _add_sets(catalogue, *_voices(part, strict, catalogue.problems))
+        elif part.startswith(ROLES):
+            _add_sets(catalogue, *_roles(part, strict, catalogue.problems))
         elif part == "types":
             for name in TYPES:
                 _add_type(catalogue, name)
@@ -193,6 +199,17 @@ def _voices(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
     voices = load_voices(part.removeprefix(VOICES), strict=strict) if part.startswith(VOICES) else shipped_characters()
     problems += voices.problems
     return against_the_others(voices)
+
+
+def _roles(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
+    # Here for the same reason.
+    from pipeline.data.choices import load_reactions, reaction_sets
+
+    choices, left_out = load_reactions(part.removeprefix(ROLES))
+    if strict and left_out:
+        raise UserError(left_out[0])
+    problems += left_out
+    return reaction_sets(choices, part)
 
 
 def _pair(loaded: Loaded, names: str, source: str) -> PersonaSet:

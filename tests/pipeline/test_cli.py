@@ -14,12 +14,27 @@ import pytest
 import pipeline.calibrate
 import pipeline.chat
 import pipeline.evaluate
+import pipeline.questionnaire
+import pipeline.roleplay
 from pipeline import cli
 from pipeline.config import CalibrateConfig, ChatConfig, EvaluateConfig
 from pipeline.errors import UserError
+from pipeline.options import QuestionnaireConfig, RoleplayConfig
 
-COMMANDS = {"calibrate": CalibrateConfig, "evaluate": EvaluateConfig, "chat": ChatConfig}
-MODULES = {"calibrate": pipeline.calibrate, "evaluate": pipeline.evaluate, "chat": pipeline.chat}
+COMMANDS = {
+    "calibrate": CalibrateConfig,
+    "evaluate": EvaluateConfig,
+    "chat": ChatConfig,
+    "roleplay": RoleplayConfig,
+    "questionnaire": QuestionnaireConfig,
+}
+MODULES = {
+    "calibrate": pipeline.calibrate,
+    "evaluate": pipeline.evaluate,
+    "chat": pipeline.chat,
+    "roleplay": pipeline.roleplay,
+    "questionnaire": pipeline.questionnaire,
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 

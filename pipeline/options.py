@@ -1,0 +1,103 @@
+"""Options of the commands that look at a finished run. The docstring under a field is its help text."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import EvaluateConfig
+from pipeline.errors import UserError
+
+ROLEPLAY_CONDITIONS = ("prompt", "rag", "mask", "prompt+mask", "random")
+
+
+def evaluation_options(config: Any) -> EvaluateConfig:
+    """The options that ``config`` shares with an evaluation, checked as there. Raises UserError."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(EvaluateConfig) if hasattr(config, f.name)}
+    return EvaluateConfig(**{name: value for name, value in shared.items() if name not in ("json", "plot")})
+
+
+@dataclass
+class RoleplayConfig:
+    """Which characters to ask, and how."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote."""
+    data: str = ""
+    """Items with several lines to choose from: characters, voices:FILE or roleagentbench:FOLDER; default what the run
+    was calibrated on. Items whose question was calibrated on are left out."""
+    samples: int = 0
+    """At most so many items, drawn with the seed; 0 takes all."""
+    conditions: str = "prompt,mask,random"
+    """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest calibration
+    items as earlier turns of the chat), mask, prompt+mask (both at once), random (random masks)."""
+    shots: int = 3
+    """rag: how many calibration items stand before a question."""
+    draws: int = 1
+    """Random masks for each character."""
+    model: str = ""
+    """Model to load instead of the one in the manifest (it must have the same weights)."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto."""
+    gamma: float = 0.0
+    """Soft gate: share of a removed weight that stays, in [0, 1) (eq. 7)."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    batch_tokens: int = 2048
+    """Tokens of a padded batch."""
+    texts: int = 0
+    """Perplexity on the first so many of the 40 neutral texts; 0 takes all."""
+    bootstrap: int = 2000
+    """Resamples for the 95 % intervals."""
+    json: Path | None = None
+    """Write the records here (schema in docs/roleplay.md); default RUN/roleplay.json."""
+    seed: int = 0
+    """Seed of draws, bootstrap and random masks."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        self.json = Path(self.json) if self.json else self.run / "roleplay.json"
+        options = evaluation_options(self)
+        if unknown := [name for name in options.wanted if name not in ROLEPLAY_CONDITIONS]:
+            raise UserError(f"--conditions: unknown {unknown[0]!r}; known are {', '.join(ROLEPLAY_CONDITIONS)}")
+
+
+@dataclass
+class QuestionnaireConfig:
+    """Which run to ask, and how."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote, with masks of types (--personas types) or poles (dichotomies)."""
+    samples: int = 0
+    """At most so many items per dichotomy, drawn with the seed; 0 takes all eight."""
+    model: str = ""
+    """Model to load instead of the one in the manifest (it must have the same weights)."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto."""
+    gamma: float = 0.0
+    """Soft gate: share of a removed weight that stays, in [0, 1) (eq. 7)."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    batch_tokens: int = 2048
+    """Tokens of a padded batch."""
+    bootstrap: int = 2000
+    """Resamples for the 95 % intervals."""
+    json: Path | None = None
+    """Write the records here (schema in docs/questionnaire.md); default RUN/questionnaire.json."""
+    radar: Path | None = None
+    """PNG of the radar plot; default RUN/questionnaire-radar.png."""
+    heat_map: Path | None = None
+    """PNG of the heat map; default RUN/questionnaire-heat.png."""
+    seed: int = 0
+    """Seed of the draw and the bootstrap."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)
+        self.json = Path(self.json) if self.json else self.run / "questionnaire.json"
+        self.radar = Path(self.radar) if self.radar else self.run / "questionnaire-radar.png"
+        self.heat_map = Path(self.heat_map) if self.heat_map else self.run / "questionnaire-heat.png"
+        evaluation_options(self)

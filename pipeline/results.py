@@ -1,0 +1,68 @@
+"""What the JSON files of measurements have in common: their heading, writing, reading."""
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.store import write_json
+
+LARGEST = 1 << 28
+"""Bytes; what is larger was not written by this program."""
+
+
+def heading(schema: str, version: int, config: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Schema, date, run, model, criterion, sparsity, options and versions of a measurement."""
+    from pipeline.fingerprint import versions
+
+    return {
+        "schema": schema,
+        "version": version,
+        "date": datetime.date.today().isoformat(),
+        "run": str(config.run),
+        "model": manifest["model"]["id"],
+        "criterion": manifest["criterion"],
+        "sparsity": manifest["sparsity"]["option"],
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
+        "versions": versions(),
+    }
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: a number that is not finite becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def write_results(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, its folder made where it is missing. Raises UserError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def read_results(path: Path, schema: str) -> dict[str, Any]:
+    """Read a JSON file of a measurement. Raises UserError for one of another schema."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path.stat().st_size} bytes are no measurement")
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != schema:
+        raise UserError(f"{path}: schema {found!r}, expected {schema!r}")
+    return content
