@@ -29,6 +29,13 @@ class PersonaSelector:
         self._choice: tuple[int, ...] = (-1,)
         self._index: dict[torch.device, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has holders of its own: they enter themselves (MaskedLinear.__setstate__).
+        return self.__dict__ | {"_holders": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_holders": weakref.WeakSet()})
+
     def select(self, choice: int | Sequence[int] | None, gamma: float = 0.0) -> None:
         """Choose a mask by index for all rows, one per sequence (-1: none), or None for the plain weight."""
         if not 0.0 <= gamma < 1.0:
@@ -113,6 +120,10 @@ class MaskedLinear(nn.Module):
         self.selector = selector or PersonaSelector()
         # Made now: a graph that is compiled later finds the buffer and does not make it.
         self.selector.index(weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.selector._holders.add(self)
 
     @classmethod
     def from_linear(cls, linear: Any, masks: Tensor | None = None, **options: Any) -> "MaskedLinear":

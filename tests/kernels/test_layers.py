@@ -163,6 +163,15 @@ def test_deepcopy_is_independent(mode):
     assert other.weight.data_ptr() != layer.weight.data_ptr()
 
 
+def test_copy_of_a_materialized_layer_follows_its_own_choice():
+    masks, x = random_masks(P, N, K), torch.randn(3, 1, K)
+    layer = choose(layer_of(original_of("linear"), masks), "materialized")
+    other = copy.deepcopy(layer)
+    other.select([0, -1, 2])
+    assert_as_accurate(other(x).detach(), *expected(other, masks, "rows", 0.0, x))
+    assert layer.fresh
+
+
 @CHOICES
 def test_state_dict_round_trip(mode):
     layer = choose(layer_of(original_of("linear")), mode)
