@@ -22,6 +22,10 @@ int64_t count_digits_cpu(const Tensor& scores, int64_t level, int64_t prefix, Te
 void pack_bits_cpu(const Tensor& mask, Tensor& bits);
 void unpack_bits_cpu(const Tensor& bits, int64_t columns, Tensor& mask);
 
+bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits, const Tensor& persona, double gamma,
+                       const std::optional<Tensor>& bias, Tensor& y);
+void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out);
+
 std::string build_info();
 std::string instruction_sets();
 std::string instruction_set();

@@ -11,7 +11,9 @@ from kernels.ops.pack_bits.reference import unpack_bits_reference
 
 def gated_weight(weight: Tensor, bits: Tensor, gamma: float) -> Tensor:
     """``W * (M + gamma (1 - M))`` ``[N, K]`` from one packed mask ``[N, ceil(K / 8)]``."""
-    return torch.where(unpack_bits_reference(bits, weight.shape[1]), weight, weight * gamma)
+    # A product with a gamma of 0 would let infinity and NaN through.
+    removed = weight * gamma if gamma else weight.new_zeros(())
+    return torch.where(unpack_bits_reference(bits, weight.shape[1]), weight, removed)
 
 
 def masked_linear_reference(

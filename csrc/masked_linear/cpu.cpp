@@ -1,0 +1,118 @@
+// The masked product of few rows, and gated panels of the weight, on torch's CPU threads.
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "../simd/kernels.h"
+#include "../simd/product.h"
+
+namespace persona {
+namespace {
+
+/// Below this many weights a thread costs more than it saves.
+constexpr int64_t kLeastWeights = 1 << 16;
+
+Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), {t.stride(0), t.stride(1)}}; }
+
+/// [M], or [1] for one persona of all rows; empty if one of the indices has no mask. `plain` are set bits for a row.
+std::vector<MaskRows> masks_of(const Tensor& bits, const Tensor& persona, const std::vector<uint8_t>& plain) {
+  const int32_t* index = static_cast<const int32_t*>(persona.const_data_ptr());
+  const uint8_t* first = static_cast<const uint8_t*>(bits.const_data_ptr());
+  std::vector<MaskRows> masks;
+  for (int64_t m = 0; m < persona.size(0); ++m) {
+    const int64_t p = index[m * persona.stride(0)];
+    if (p < -1 || p >= bits.size(0)) return {};
+    masks.push_back(p < 0 ? MaskRows{plain.data(), 0} : MaskRows{first + p * bits.stride(0), bits.stride(1)});
+  }
+  return masks;
+}
+
+void check_weight(const Tensor& weight, const Tensor& like) {
+  check_cpu(weight, "weight", 2);
+  STD_TORCH_CHECK(weight.scalar_type() == like.scalar_type(), "weight and the result must have one dtype");
+  STD_TORCH_CHECK(weight.size(1) < 2 || weight.numel() == 0 || weight.stride(1) == 1,
+                  "the columns of weight must be adjacent");
+  STD_TORCH_CHECK(element_of(weight, "weight") != Element::f64, "float64 is not served");
+}
+
+}  // namespace
+
+bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits, const Tensor& persona, double gamma,
+                       const std::optional<Tensor>& bias, Tensor& y) {
+  check_cpu(x, "x", 2);
+  check_cpu(bits, "bits", 3);
+  check_cpu(persona, "persona", 1);
+  check_weight(weight, y);
+  const int64_t rows = x.size(0), columns = weight.size(1), outputs = weight.size(0);
+  const int64_t row_bytes = (columns + 7) / 8;
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() && x.size(1) == columns, "x must be [M, K] of the dtype of y");
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.size(1) == outputs && bits.size(2) == row_bytes &&
+                      (row_bytes < 2 || bits.numel() == 0 || bits.stride(2) == 1),
+                  "bits must be uint8 [P, N, ceil(K/8)] with adjacent bytes");
+  STD_TORCH_CHECK(persona.scalar_type() == ScalarType::Int && (persona.size(0) == 1 || persona.size(0) == rows),
+                  "persona must be int32 [M] or [1]");
+  check_plain(y, "y", x.scalar_type(), rows * outputs);
+  if (bias.has_value()) {
+    check_cpu(*bias, "bias", 1);
+    STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == outputs, "bias must be [N]");
+  }
+
+  const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
+  const std::vector<MaskRows> masks = masks_of(bits, persona, plain);
+  if (rows == 0) return persona.size(0) == 0 || !masks.empty();
+  if (masks.empty()) return false;
+  const Element element = element_of(weight, "weight");
+  const int64_t padded = padded_steps(columns);
+  std::vector<float> prepared(static_cast<size_t>(rows * padded));
+  const size_t row_size = static_cast<size_t>(padded) * kernels().prepared_bytes(element);
+  const auto x_at = [&](int64_t m) {
+    return reinterpret_cast<char*>(prepared.data()) + static_cast<size_t>(m) * row_size;
+  };
+  for (int64_t m = 0; m < rows; m += kMostRows) {
+    Matrix some = matrix_of(x);
+    some.data = static_cast<const char*>(some.data) + m * some.stride[0] * static_cast<int64_t>(x.element_size());
+    some.rows = std::min(rows - m, kMostRows);
+    kernels().prepare_rows(some, element, x_at(m));
+  }
+  const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(columns, 1));
+  const auto kernel = kernels().masked_linear;
+  parallel_parts(outputs, parts, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t m = 0; m < rows; m += kMostRows) {
+      const bool shared = masks.size() == 1;
+      const MaskedArguments arguments{
+          x_at(m),
+          std::min(rows - m, kMostRows),
+          matrix_of(weight),
+          element,
+          masks.data() + (shared ? 0 : m),
+          shared,
+          static_cast<float>(gamma),
+          bias.has_value() ? bias->const_data_ptr() : nullptr,
+          bias.has_value() ? bias->stride(0) : 0,
+          static_cast<char*>(y.mutable_data_ptr()) + static_cast<size_t>(m * outputs) * y.element_size(),
+          outputs};
+      kernel(arguments, first, last);
+    }
+  });
+  return true;
+}
+
+void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out) {
+  check_weight(weight, out);
+  check_cpu(bits, "bits", 2);
+  const int64_t rows = weight.size(0), columns = weight.size(1), row_bytes = (columns + 7) / 8;
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.size(0) == rows && bits.size(1) == row_bytes &&
+                      (row_bytes < 2 || rows == 0 || bits.stride(1) == 1),
+                  "bits must be uint8 [N, ceil(K/8)] with adjacent bytes");
+  check_plain(out, "out", weight.scalar_type(), rows * columns);
+  const GateArguments arguments{matrix_of(weight),
+                                element_of(weight, "weight"),
+                                {static_cast<const uint8_t*>(bits.const_data_ptr()), bits.stride(0)},
+                                static_cast<float>(gamma),
+                                out.mutable_data_ptr()};
+  const auto kernel = kernels().gate_rows;
+  const int64_t parts = parts_of(rows, kLeastWeights / std::max<int64_t>(columns, 1));
+  parallel_parts(rows, parts, [&](int64_t, int64_t first, int64_t last) { kernel(arguments, first, last); });
+}
+
+}  // namespace persona
