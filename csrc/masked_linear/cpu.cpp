@@ -3,16 +3,10 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "../simd/kernels.h"
-#include "../simd/product.h"
+#include "prepared.h"
 
 namespace persona {
 namespace {
-
-/// Below this many weights a thread costs more than it saves.
-constexpr int64_t kLeastWeights = 1 << 16;
-
-Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), {t.stride(0), t.stride(1)}}; }
 
 /// [M], or [1] for one persona of all rows; empty if one of the indices has no mask. `plain` are set bits for a row.
 std::vector<MaskRows> masks_of(const Tensor& bits, const Tensor& persona, const std::vector<uint8_t>& plain) {
@@ -62,25 +56,14 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
   if (rows == 0) return persona.size(0) == 0 || !masks.empty();
   if (masks.empty()) return false;
   const Element element = element_of(weight, "weight");
-  const int64_t padded = padded_steps(columns);
-  std::vector<float> prepared(static_cast<size_t>(rows * padded));
-  const size_t row_size = static_cast<size_t>(padded) * kernels().prepared_bytes(element);
-  const auto x_at = [&](int64_t m) {
-    return reinterpret_cast<char*>(prepared.data()) + static_cast<size_t>(m) * row_size;
-  };
-  for (int64_t m = 0; m < rows; m += kMostRows) {
-    Matrix some = matrix_of(x);
-    some.data = static_cast<const char*>(some.data) + m * some.stride[0] * static_cast<int64_t>(x.element_size());
-    some.rows = std::min(rows - m, kMostRows);
-    kernels().prepare_rows(some, element, x_at(m));
-  }
+  const PreparedRows prepared(x);
   const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(columns, 1));
   const auto kernel = kernels().masked_linear;
   parallel_parts(outputs, parts, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t m = 0; m < rows; m += kMostRows) {
       const bool shared = masks.size() == 1;
       const MaskedArguments arguments{
-          x_at(m),
+          prepared.at(m),
           std::min(rows - m, kMostRows),
           matrix_of(weight),
           element,

@@ -8,6 +8,19 @@
 namespace persona {
 namespace {
 
+/// For every mask byte: how many of its bits are set in front of each bit.
+struct Expansion {
+  std::uint8_t source[256][8];
+
+  constexpr Expansion() : source{} {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0, before = 0; i < 8; before += (byte >> i++) & 1)
+        source[byte][i] = static_cast<std::uint8_t>(before);
+  }
+};
+
+constexpr Expansion expansion;
+
 struct Avx2 {
   static constexpr const char* name = "avx2";
   static constexpr int width = 8;
@@ -91,6 +104,16 @@ struct Avx2 {
   static PERSONA_INLINE F pick(Gate gate, F kept, F removed) {
     return _mm256_blendv_ps(removed, kept, _mm256_castsi256_ps(gate));
   }
+
+  /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others. Reads `width` elements.
+  template <class T>
+  static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
+    const __m128i source = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(expansion.source[*bits]));
+    const F spread = _mm256_permutevar8x32_ps(load(p), _mm256_cvtepu8_epi32(source));
+    return _mm256_and_ps(spread, _mm256_castsi256_ps(gate(bits)));
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(*bits); }
 
   static PERSONA_INLINE I zero() { return _mm256_setzero_si256(); }
   static PERSONA_INLINE I bits(F a) { return _mm256_castps_si256(a); }

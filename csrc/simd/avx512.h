@@ -86,6 +86,14 @@ struct Avx512 {
   /// Lanes of `kept` where the gate's bit is set, else of `removed`.
   static PERSONA_INLINE F pick(Gate gate, F kept, F removed) { return _mm512_mask_mov_ps(removed, gate, kept); }
 
+  /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others. Reads `width` elements.
+  template <class T>
+  static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
+    return _mm512_maskz_expand_ps(gate(bits), load(p));
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(gate(bits)); }
+
   static PERSONA_INLINE I zero() { return _mm512_setzero_si512(); }
   static PERSONA_INLINE I bits(F a) { return _mm512_castps_si512(a); }
   static PERSONA_INLINE void store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }

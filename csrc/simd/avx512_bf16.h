@@ -32,13 +32,24 @@ struct Product<Avx512Bf16, bf16> {
   static PERSONA_INLINE W none() { return _mm512_setzero_si512(); }
 
   static PERSONA_INLINE W pick(const std::uint8_t* bits, W kept, W removed) {
-    std::uint32_t word;
-    std::memcpy(&word, bits, sizeof word);
-    return _mm512_mask_mov_epi16(removed, word, kept);
+    return _mm512_mask_mov_epi16(removed, word(bits), kept);
   }
+
+  static PERSONA_INLINE W expand(const bf16* p, const std::uint8_t* bits) {
+    return _mm512_maskz_expand_epi16(word(bits), load(p));
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(word(bits)); }
 
   static PERSONA_INLINE __m512 multiply_add(W w, const X* x, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+  }
+
+ private:
+  static PERSONA_INLINE std::uint32_t word(const std::uint8_t* bits) {
+    std::uint32_t word;
+    std::memcpy(&word, bits, sizeof word);
+    return word;
   }
 };
 

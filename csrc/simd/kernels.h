@@ -6,6 +6,7 @@
 #include "../activation_stats/arguments.h"
 #include "../mask_select/arguments.h"
 #include "../masked_linear/arguments.h"
+#include "../sparse_linear/arguments.h"
 
 namespace persona {
 
@@ -22,6 +23,8 @@ struct Kernels {
   void (*prepare_rows)(const Matrix&, Element, void*);
   void (*masked_linear)(const MaskedArguments&, std::int64_t, std::int64_t);
   void (*gate_rows)(const GateArguments&, std::int64_t, std::int64_t);
+  void (*sparse_linear)(const SparseArguments&, std::int64_t, std::int64_t);
+  void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
 };
 
 /// Null where the compiler's target has no such instructions.

@@ -89,6 +89,16 @@ struct Portable {
     return r;
   }
 
+  /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others.
+  template <class T>
+  static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
+    F r;
+    for (int i = 0; i < width; ++i) r.lane[i] = (*bits >> i) & 1 ? to_float(*p++) : 0.0f;
+    return r;
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(*bits); }
+
   static PERSONA_INLINE I zero() { return {}; }
 
   static PERSONA_INLINE I bits(F a) {

@@ -21,6 +21,9 @@ struct Product {
     return V::pick(V::gate(bits), kept, removed);
   }
 
+  static PERSONA_INLINE W expand(const T* p, const std::uint8_t* bits) { return V::expand(p, bits); }
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return V::count_bits(bits); }
+
   static PERSONA_INLINE typename V::F multiply_add(W w, const X* x, typename V::F sum) {
     return V::multiply_add(w, V::load(x), sum);
   }

@@ -182,6 +182,50 @@ void check_masked(const Kernels& k, Element element, std::int64_t rows, std::int
   }
 }
 
+/// A weight of ones in random places, and one whose masks claim more values than there are.
+void check_sparse(const Kernels& k, Element element, std::int64_t rows, std::int64_t outputs, std::int64_t columns) {
+  const Values x = draw(element, rows * columns), b = draw(element, outputs);
+  const std::int64_t bytes = (columns + 7) / 8, size = static_cast<std::int64_t>(x.bytes.size()) / x.count();
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(outputs * bytes));
+  std::vector<std::int64_t> offsets{0};
+  for (std::int64_t n = 0; n < outputs; ++n) {
+    std::int64_t count = 0;
+    for (std::int64_t c = 0; c < columns; ++c)
+      if (n > 0 && generator() % 2 != 0) bits[static_cast<std::size_t>(n * bytes + c / 8)] |= 1 << (c % 8), ++count;
+    offsets.push_back(offsets.back() + count);
+  }
+  std::vector<unsigned char> values;
+  for (std::int64_t i = 0; i < offsets.back() + kSparsePadding; ++i) {
+    if (element == Element::f32) append(values, i < offsets.back() ? 1.0f : 0.0f);
+    if (element == Element::bf16) append(values, static_cast<std::uint16_t>(i < offsets.back() ? 0x3f80 : 0));
+    if (element == Element::f16) append(values, static_cast<std::uint16_t>(i < offsets.back() ? 0x3c00 : 0));
+  }
+  std::vector<unsigned char> prepared(static_cast<std::size_t>(rows * padded_steps(columns)) *
+                                      k.prepared_bytes(element));
+  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size));
+  std::vector<unsigned char> dense(static_cast<std::size_t>(outputs * columns * size));
+  k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
+  const SparseMatrix weight{values.data(), element, bits.data(), offsets.data(), outputs, columns};
+  const SparseArguments arguments{prepared.data(), rows, weight, b.bytes.data(), 1, y.data(), outputs};
+  k.sparse_linear(arguments, 0, outputs);
+  k.expand_rows(weight, dense.data(), 0, outputs);
+  for (std::int64_t n = 0; n < outputs; ++n)
+    for (std::int64_t m = 0; m < rows; ++m) {
+      double expected = b.value[static_cast<std::size_t>(n)], scale = 1;
+      for (std::int64_t c = 0; c < columns; ++c) {
+        const float w = (bits[static_cast<std::size_t>(n * bytes + c / 8)] >> (c % 8)) & 1;
+        expect(value_of(dense, element, n * columns + c) == w, "expand_rows", k.name, columns);
+        expected += w * x.value[static_cast<std::size_t>(m * columns + c)];
+        scale += std::abs(x.value[static_cast<std::size_t>(m * columns + c)]);
+      }
+      expect(std::abs(value_of(y, element, m * outputs + n) - expected) <= scale / 128, "sparse_linear", k.name,
+             columns);
+    }
+  for (auto& byte : bits) byte = 0xff;
+  k.sparse_linear(arguments, 0, outputs);
+  k.expand_rows(weight, dense.data(), 0, outputs);
+}
+
 }  // namespace
 
 int main() {
@@ -193,8 +237,10 @@ int main() {
           for (std::int64_t tokens : {0, 1, 2, 9, 75}) check_stats(**table, element, 3, tokens, columns, step);
           check_select(**table, element, 5, columns, step);
           if (element == Element::f64 || step != 1) continue;
-          for (std::int64_t rows : {1, 2, 4, 7})
+          for (std::int64_t rows : {1, 2, 4, 7}) {
+            check_sparse(**table, element, rows, 7, columns);
             for (float gamma : {0.0f, 0.25f}) check_masked(**table, element, rows, 7, columns, gamma);
+          }
         }
   }
   return failures != 0;

@@ -42,10 +42,10 @@ def use_direct(rows: int, personas: int, adjacent: bool) -> bool:
 def by_panels(x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float, bias: Tensor | None) -> Tensor:
     """A dense product for each persona, with a panel of the weight at a time, gated for one persona after the other."""
     check_personas(persona, bits.shape[0])
-    order, segments = _segments(persona, x.shape[0])
+    order, segments = segments_of(persona, x.shape[0])
     ordered = x if order is None else x[order]
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for panel, weight_panel in _panels(weight):
+    for panel, weight_panel in panels(weight):
         gated = torch.empty(weight_panel.shape, dtype=weight.dtype)
         bias_panel = None if bias is None else bias[panel]
         for index, rows in segments:
@@ -55,7 +55,7 @@ def by_panels(x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: f
     return y if order is None else torch.empty_like(y).index_copy_(0, order, y)
 
 
-def _segments(persona: Tensor, count: int) -> tuple[Tensor | None, list[tuple[int, slice]]]:
+def segments_of(persona: Tensor, count: int) -> tuple[Tensor | None, list[tuple[int, slice]]]:
     """The order that brings the rows of a persona together (None: they are), and what each persona has of it."""
     if persona.shape[0] == 1:
         return None, [(int(persona), slice(0, count))]
@@ -68,9 +68,13 @@ def _segments(persona: Tensor, count: int) -> tuple[Tensor | None, list[tuple[in
     return order, [(p, slice(a, b)) for p, a, b in zip(present.tolist(), starts, ends, strict=True)]
 
 
-def _panels(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight whose columns lie side by side, about ``PANEL_BYTES`` of them at a time."""
-    rows = max(32, PANEL_BYTES // max(1, weight.shape[1] * weight.element_size()) // 32 * 32)
-    for start in range(0, weight.shape[0], rows):
-        panel = slice(start, min(start + rows, weight.shape[0]))
+def panel_rows(rows: int, row_bytes: int) -> Iterator[slice]:
+    """The rows of a weight, about ``PANEL_BYTES`` of them at a time."""
+    count = max(32, PANEL_BYTES // max(1, row_bytes) // 32 * 32)
+    return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
+
+
+def panels(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Panels of the weight whose columns lie side by side."""
+    for panel in panel_rows(weight.shape[0], weight.shape[1] * weight.element_size()):
         yield panel, weight[panel] if weight.stride(1) == 1 else weight[panel].contiguous()
