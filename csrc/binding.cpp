@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(persona_native, m) {
   m.def("gate_rows(Tensor weight, Tensor bits, float gamma, Tensor(a!) out) -> ()");
   m.def("sparse_linear(Tensor x, Tensor values, Tensor bits, Tensor offsets, Tensor? bias, Tensor(a!) y) -> ()");
   m.def("expand_rows(Tensor values, Tensor bits, Tensor offsets, int first, Tensor(a!) out) -> ()");
+  m.def(
+      "correction_linear(Tensor x, Tensor weight, Tensor columns, Tensor offsets, Tensor persona, float gamma, "
+      "Tensor? bias, Tensor(a!) y) -> bool");
+  m.def("subtract_removed(Tensor x, Tensor weight, Tensor columns, Tensor offsets, float scale, Tensor(a!) y) -> ()");
   m.def("build_info() -> str");
   m.def("instruction_sets() -> str");
   m.def("instruction_set() -> str");
@@ -35,6 +39,8 @@ STABLE_TORCH_LIBRARY_IMPL(persona_native, CPU, m) {
   m.impl("unpack_bits", TORCH_BOX(&persona::unpack_bits_cpu));
   m.impl("masked_linear", TORCH_BOX(&persona::masked_linear_cpu));
   m.impl("gate_rows", TORCH_BOX(&persona::gate_rows_cpu));
+  m.impl("correction_linear", TORCH_BOX(&persona::correction_linear_cpu));
+  m.impl("subtract_removed", TORCH_BOX(&persona::subtract_removed_cpu));
   m.impl("sparse_linear", TORCH_BOX(&persona::sparse_linear_cpu));
   m.impl("expand_rows", TORCH_BOX(&persona::expand_rows_cpu));
 }

@@ -19,8 +19,16 @@ struct MaskRows {
   std::int64_t stride;
 };
 
+/// The columns that one row of x's persona removes from row n of the weight: `columns[offsets[n] .. offsets[n + 1])`.
+struct RemovedRows {
+  const std::uint16_t* columns;
+  const std::int32_t* offsets;  // null: nothing is removed
+};
+
 /// At most this many rows of x in one call of `masked_linear`.
 constexpr std::int64_t kMostRows = 32;
+/// Rows of x that `subtract_removed` takes at a time, side by side.
+constexpr std::int64_t kRowsAside = 64;
 
 struct MaskedArguments {
   const void* x;  // from prepare_rows
@@ -33,6 +41,21 @@ struct MaskedArguments {
   const void* bias;  // [N], or null
   std::int64_t bias_stride;
   void* y;  // [M, N]
+  std::int64_t y_stride;
+  // Null, or [M]: `removed_scale` times the products of these weights is taken away again (correction_linear).
+  const RemovedRows* removed;
+  float removed_scale;
+};
+
+/// Takes `scale` times the products of the removed weights away from y `[M, N]`.
+struct SubtractArguments {
+  const float* x;  // [K, kRowsAside], transposed
+  std::int64_t rows;
+  Matrix weight;
+  Element element;
+  RemovedRows removed;
+  float scale;
+  void* y;
   std::int64_t y_stride;
 };
 

@@ -3,7 +3,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "prepared.h"
+#include "launch.h"
 
 namespace persona {
 namespace {
@@ -21,6 +21,8 @@ std::vector<MaskRows> masks_of(const Tensor& bits, const Tensor& persona, const 
   return masks;
 }
 
+}  // namespace
+
 void check_weight(const Tensor& weight, const Tensor& like) {
   check_cpu(weight, "weight", 2);
   STD_TORCH_CHECK(weight.scalar_type() == like.scalar_type(), "weight and the result must have one dtype");
@@ -29,20 +31,13 @@ void check_weight(const Tensor& weight, const Tensor& like) {
   STD_TORCH_CHECK(element_of(weight, "weight") != Element::f64, "float64 is not served");
 }
 
-}  // namespace
-
-bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits, const Tensor& persona, double gamma,
-                       const std::optional<Tensor>& bias, Tensor& y) {
+void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona, const std::optional<Tensor>& bias,
+                   const Tensor& y) {
   check_cpu(x, "x", 2);
-  check_cpu(bits, "bits", 3);
   check_cpu(persona, "persona", 1);
   check_weight(weight, y);
-  const int64_t rows = x.size(0), columns = weight.size(1), outputs = weight.size(0);
-  const int64_t row_bytes = (columns + 7) / 8;
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() && x.size(1) == columns, "x must be [M, K] of the dtype of y");
-  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.size(1) == outputs && bits.size(2) == row_bytes &&
-                      (row_bytes < 2 || bits.numel() == 0 || bits.stride(2) == 1),
-                  "bits must be uint8 [P, N, ceil(K/8)] with adjacent bytes");
+  const int64_t rows = x.size(0), outputs = weight.size(0);
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() && x.size(1) == weight.size(1), "x must be [M, K], of y's dtype");
   STD_TORCH_CHECK(persona.scalar_type() == ScalarType::Int && (persona.size(0) == 1 || persona.size(0) == rows),
                   "persona must be int32 [M] or [1]");
   check_plain(y, "y", x.scalar_type(), rows * outputs);
@@ -50,33 +45,48 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
     check_cpu(*bias, "bias", 1);
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == outputs, "bias must be [N]");
   }
+}
 
-  const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
-  const std::vector<MaskRows> masks = masks_of(bits, persona, plain);
-  if (rows == 0) return persona.size(0) == 0 || !masks.empty();
-  if (masks.empty()) return false;
-  const Element element = element_of(weight, "weight");
+void multiply_rows(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                   Tensor& y) {
+  const int64_t rows = x.size(0), outputs = weight.size(0);
   const PreparedRows prepared(x);
-  const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(columns, 1));
+  const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(weight.size(1), 1));
   const auto kernel = kernels().masked_linear;
+  const bool shared = gates.masks.size() == 1;
   parallel_parts(outputs, parts, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t m = 0; m < rows; m += kMostRows) {
-      const bool shared = masks.size() == 1;
       const MaskedArguments arguments{
           prepared.at(m),
           std::min(rows - m, kMostRows),
           matrix_of(weight),
-          element,
-          masks.data() + (shared ? 0 : m),
+          element_of(weight, "weight"),
+          gates.masks.data() + (shared ? 0 : m),
           shared,
-          static_cast<float>(gamma),
+          gates.gamma,
           bias.has_value() ? bias->const_data_ptr() : nullptr,
           bias.has_value() ? bias->stride(0) : 0,
           static_cast<char*>(y.mutable_data_ptr()) + static_cast<size_t>(m * outputs) * y.element_size(),
-          outputs};
+          outputs,
+          gates.removed.empty() ? nullptr : gates.removed.data() + m,
+          gates.removed_scale};
       kernel(arguments, first, last);
     }
   });
+}
+
+bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits, const Tensor& persona, double gamma,
+                       const std::optional<Tensor>& bias, Tensor& y) {
+  check_product(x, weight, persona, bias, y);
+  check_cpu(bits, "bits", 3);
+  const int64_t row_bytes = (weight.size(1) + 7) / 8;
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.size(1) == weight.size(0) &&
+                      bits.size(2) == row_bytes && (row_bytes < 2 || bits.numel() == 0 || bits.stride(2) == 1),
+                  "bits must be uint8 [P, N, ceil(K/8)] with adjacent bytes");
+  const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
+  const Gates gates{masks_of(bits, persona, plain), static_cast<float>(gamma), {}, 0};
+  if (gates.masks.empty() && persona.size(0) > 0) return false;
+  if (x.size(0) > 0) multiply_rows(x, weight, gates, bias, y);
   return true;
 }
 

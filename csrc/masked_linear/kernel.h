@@ -7,6 +7,7 @@
 // depend on the rows that are computed beside it, and so neither on the number of threads nor on the batch.
 #pragma once
 
+#include "../correction_linear/kernel.h"
 #include "../simd/product.h"
 #include "arguments.h"
 
@@ -123,8 +124,12 @@ PERSONA_INLINE void write(const MaskedArguments& a, std::int64_t n, std::int64_t
   for (int r = 0; r < R; ++r) {
     const std::int64_t row = n + r * apart;
     const float bias = a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[row * a.bias_stride]);
-    for (std::int64_t m = 0; m < a.rows; ++m)
-      narrow(V::sum(work.sum[m][r]) + bias, static_cast<T*>(a.y)[m * a.y_stride + row]);
+    for (std::int64_t m = 0; m < a.rows; ++m) {
+      float y = V::sum(work.sum[m][r]);
+      // The row of the weight has just been read and is still in a cache.
+      if (a.removed != nullptr) y -= a.removed_scale * removed_sum<V, T>(a, m, row);
+      narrow(y + bias, static_cast<T*>(a.y)[m * a.y_stride + row]);
+    }
   }
 }
 

@@ -23,6 +23,7 @@ struct Kernels {
   void (*prepare_rows)(const Matrix&, Element, void*);
   void (*masked_linear)(const MaskedArguments&, std::int64_t, std::int64_t);
   void (*gate_rows)(const GateArguments&, std::int64_t, std::int64_t);
+  void (*subtract_removed)(const SubtractArguments&, std::int64_t, std::int64_t);
   void (*sparse_linear)(const SparseArguments&, std::int64_t, std::int64_t);
   void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
 };

@@ -1,5 +1,5 @@
 // The product with a packed sparse weight, and its rows with their zeros, on torch's CPU threads.
-#include "../masked_linear/prepared.h"
+#include "../masked_linear/launch.h"
 #include "../ops.h"
 
 namespace persona {

@@ -20,6 +20,7 @@ NATIVE_OPS = (
     "mask_select_threshold",
     "masked_linear",
     "sparse_linear",
+    "correction_linear",
 )
 needs_library = pytest.mark.skipif(native.problem() is not None, reason=native.describe())
 

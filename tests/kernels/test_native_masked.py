@@ -134,9 +134,9 @@ def test_unknown_persona_is_refused(rows):
 
 
 def test_choice_of_the_path():
-    assert use_direct(MOST_ROWS_DIRECT, 1, True)
-    assert not use_direct(MOST_ROWS_DIRECT + 1, 1, True)
-    assert not use_direct(1, 1, False)
+    assert use_direct(MOST_ROWS_DIRECT, True)
+    assert not use_direct(MOST_ROWS_DIRECT + 1, True)
+    assert not use_direct(1, False)
 
 
 def test_direct_calls_are_checked():

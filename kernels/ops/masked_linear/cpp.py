@@ -22,7 +22,7 @@ def masked_linear_cpp(
         return masked_linear_reference(x, weight, bits, persona, gamma, bias)
     if bits.shape[2] > 1 and bits.stride(2) != 1:
         bits = bits.contiguous()
-    if use_direct(x.shape[0], persona.shape[0], weight.stride(1) == 1 or weight.shape[1] < 2):
+    if use_direct(x.shape[0], adjacent_columns(weight)):
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         if not torch.ops.persona_native.masked_linear(x, weight, bits, persona, gamma, bias, y):
             check_personas(persona, bits.shape[0])
@@ -30,7 +30,11 @@ def masked_linear_cpp(
     return by_panels(x, weight, bits, persona, gamma, bias)
 
 
-def use_direct(rows: int, personas: int, adjacent: bool) -> bool:
+def adjacent_columns(weight: Tensor) -> bool:
+    return weight.stride(1) == 1 or weight.shape[1] < 2 or weight.shape[0] == 0
+
+
+def use_direct(rows: int, adjacent: bool) -> bool:
     """Whether the kernel that reads the weight once for all rows is used, and not gated panels.
 
     Up to 16 rows of one persona it is as fast as torch's dense product alone (f32 68 to 65 GFLOP/s, bf16 64 to 53,
@@ -77,4 +81,4 @@ def panel_rows(rows: int, row_bytes: int) -> Iterator[slice]:
 def panels(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Panels of the weight whose columns lie side by side."""
     for panel in panel_rows(weight.shape[0], weight.shape[1] * weight.element_size()):
-        yield panel, weight[panel] if weight.stride(1) == 1 else weight[panel].contiguous()
+        yield panel, weight[panel] if adjacent_columns(weight) else weight[panel].contiguous()

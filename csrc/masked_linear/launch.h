@@ -1,6 +1,7 @@
-// x in the form that the products of few rows want, for their launchers.
+// What the launchers of the products of few rows share.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "../checks.h"
@@ -39,5 +40,21 @@ class PreparedRows {
   size_t row_bytes_;
   std::vector<float> data_;
 };
+
+/// What becomes of the weight: masks as in MaskedArguments, and lists of removed columns, or none.
+struct Gates {
+  std::vector<MaskRows> masks;
+  float gamma;
+  std::vector<RemovedRows> removed;
+  float removed_scale;
+};
+
+void check_weight(const Tensor& weight, const Tensor& like);
+void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona, const std::optional<Tensor>& bias,
+                   const Tensor& y);
+
+/// y = the gated weight times x, plus bias, for one row of x or more.
+void multiply_rows(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                   Tensor& y);
 
 }  // namespace persona
