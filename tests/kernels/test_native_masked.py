@@ -124,7 +124,7 @@ def test_several_panels():
     assert_as_accurate(y, masked_product_plain(*arguments), masked_product_float64(*arguments))
 
 
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 200])
 def test_unknown_persona_is_refused(rows):
     x, weight, masks, persona, bias = problem((rows, 5, 9, 2), torch.float32)
     for bad in (2, -2):
@@ -134,9 +134,11 @@ def test_unknown_persona_is_refused(rows):
 
 
 def test_choice_of_the_path():
-    assert use_direct(MOST_ROWS_DIRECT, True)
-    assert not use_direct(MOST_ROWS_DIRECT + 1, True)
-    assert not use_direct(1, False)
+    assert use_direct(MOST_ROWS_DIRECT, 1, True)
+    assert not use_direct(MOST_ROWS_DIRECT + 1, 1, True)
+    assert use_direct(64, 4, True)
+    assert not use_direct(65, 4, True)
+    assert not use_direct(1, 1, False)
 
 
 def test_direct_calls_are_checked():
