@@ -159,9 +159,9 @@ void check_masked(const Kernels& k, Element element, std::int64_t rows, std::int
   std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size)), gated(w.bytes.size());
   k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
   const Matrix weight{w.bytes.data(), outputs, columns, {columns, 1}};
-  k.masked_linear(
-      {prepared.data(), rows, weight, element, masks.data(), false, gamma, b.bytes.data(), 1, y.data(), outputs}, 0,
-      outputs);
+  k.masked_linear({prepared.data(), rows, weight, element, masks.data(), false, gamma, b.bytes.data(), 1, y.data(),
+                   outputs, nullptr, 0},
+                  0, outputs);
   for (std::int64_t m = 0; m < rows; ++m) {
     k.gate_rows({weight, element, masks[static_cast<std::size_t>(m)], gamma, gated.data()}, 0, outputs);
     for (std::int64_t n = 0; n < outputs; ++n) {
@@ -180,6 +180,56 @@ void check_masked(const Kernels& k, Element element, std::int64_t rows, std::int
       expect(std::abs(actual - expected) <= scale / 128, "masked_linear", k.name, columns);
     }
   }
+}
+
+/// The dense product less the products of listed weights: y in one pass, and a dense y corrected afterwards.
+void check_correction(const Kernels& k, Element element, std::int64_t rows, std::int64_t outputs,
+                      std::int64_t columns) {
+  const Values x = draw(element, rows * columns), w = draw(element, outputs * columns);
+  const std::int64_t bytes = (columns + 7) / 8, size = static_cast<std::int64_t>(x.bytes.size()) / x.count();
+  std::vector<std::uint16_t> listed;
+  std::vector<std::int32_t> offsets{0};
+  for (std::int64_t n = 0; n < outputs; ++n) {
+    for (std::int64_t c = 0; c < columns; ++c)
+      if (n == 0 || generator() % 8 == 0) listed.push_back(static_cast<std::uint16_t>(c));
+    offsets.push_back(static_cast<std::int32_t>(listed.size()));
+  }
+  const std::vector<std::uint8_t> plain(static_cast<std::size_t>(bytes), 0xff);
+  const MaskRows mask{plain.data(), 0};
+  std::vector<RemovedRows> removed(static_cast<std::size_t>(rows), {listed.data(), offsets.data()});
+  if (rows > 1) removed[1].offsets = nullptr;
+  std::vector<unsigned char> prepared(static_cast<std::size_t>(rows * padded_steps(columns)) *
+                                      k.prepared_bytes(element));
+  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size)), after = y;
+  k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
+  const Matrix weight{w.bytes.data(), outputs, columns, {columns, 1}};
+  MaskedArguments arguments{prepared.data(), rows, weight,   element, &mask,          true, 0,
+                            nullptr,         0,    y.data(), outputs, removed.data(), 0.75f};
+  k.masked_linear(arguments, 0, outputs);
+  arguments.y = after.data();
+  arguments.removed = nullptr;
+  k.masked_linear(arguments, 0, outputs);
+  std::vector<float> aside(static_cast<std::size_t>(columns * kRowsAside));
+  for (std::int64_t m = 0; m < rows; ++m)
+    for (std::int64_t c = 0; c < columns; ++c)
+      aside[static_cast<std::size_t>(c * kRowsAside + m)] = x.value[static_cast<std::size_t>(m * columns + c)];
+  k.subtract_removed(
+      {aside.data(), rows, weight, element, {listed.data(), offsets.data()}, 0.75f, after.data(), outputs}, 0, outputs);
+  for (std::int64_t m = 0; m < rows; ++m)
+    for (std::int64_t n = 0; n < outputs; ++n) {
+      double dense = 0, less = 0, scale = 1;
+      for (std::int64_t c = 0, i = offsets[static_cast<std::size_t>(n)]; c < columns; ++c) {
+        const double product = static_cast<double>(w.value[static_cast<std::size_t>(n * columns + c)]) *
+                               x.value[static_cast<std::size_t>(m * columns + c)];
+        dense += product;
+        scale += std::abs(product);
+        if (i < offsets[static_cast<std::size_t>(n + 1)] && listed[static_cast<std::size_t>(i)] == c)
+          less += 0.75 * product, ++i;
+      }
+      const float first = value_of(y, element, m * outputs + n), second = value_of(after, element, m * outputs + n);
+      expect(std::abs(first - (dense - (m == 1 ? 0 : less))) <= scale / 64, "correction", k.name, columns);
+      expect(std::abs(second - (dense - less)) <= scale / 64, "subtract_removed", k.name, columns);
+    }
 }
 
 /// A weight of ones in random places, and one whose masks claim more values than there are.
@@ -239,6 +289,7 @@ int main() {
           if (element == Element::f64 || step != 1) continue;
           for (std::int64_t rows : {1, 2, 4, 7}) {
             check_sparse(**table, element, rows, 7, columns);
+            check_correction(**table, element, rows, 7, columns);
             for (float gamma : {0.0f, 0.25f}) check_masked(**table, element, rows, 7, columns, gamma);
           }
         }
