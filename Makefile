@@ -52,7 +52,7 @@ format: setup  ## rewrite the sources in the project's format
 	$(VENV)/bin/clang-format -i $(NATIVE) tests/kernels/sanitize.cpp
 
 bench: setup  ## the benchmarks, one thread, into benchmarks/results (ten minutes; BENCH=--quick: three)
-	for name in activation_stats mask_select calibration; do \
+	for name in activation_stats mask_select masked_linear calibration; do \
 		$(RUN) -m benchmarks.bench_$$name --threads 1 $(BENCH) --output benchmarks/results/$$name.csv || exit 1; \
 	done
 

@@ -28,10 +28,9 @@ FLAGS = [
     "-Wall",
     "-Wno-maybe-uninitialized",
 ]
-INSTRUCTIONS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mpopcnt"],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+INSTRUCTIONS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi2"]}
 """Flags of ``csrc/simd/NAME.cpp`` alone: nothing else may hold an instruction that some processor lacks."""
 
 

@@ -1,5 +1,6 @@
 // Schemas and registration. The ops' meaning, checks and fake kernels are in kernels/ops/*/__init__.py; these are
-// the functions behind the "cpp" backend. Selections return 0, or 1 or 2 where scores or tiebreak hold NaN or +inf.
+// the functions behind the "cpp" backend. Selections return 0, or 1 or 2 where scores or tiebreak hold NaN or +inf;
+// products return whether every persona exists.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
@@ -12,6 +13,16 @@ STABLE_TORCH_LIBRARY(persona_native, m) {
   m.def("count_digits(Tensor scores, int level, int prefix, Tensor(a!) counts) -> int");
   m.def("pack_bits(Tensor mask, Tensor(a!) bits) -> ()");
   m.def("unpack_bits(Tensor bits, int columns, Tensor(a!) mask) -> ()");
+  m.def(
+      "masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor persona, float gamma, Tensor? bias, Tensor(a!) y) -> "
+      "bool");
+  m.def("gate_rows(Tensor weight, Tensor bits, float gamma, Tensor(a!) out) -> ()");
+  m.def("sparse_linear(Tensor x, Tensor values, Tensor bits, Tensor offsets, Tensor? bias, Tensor(a!) y) -> ()");
+  m.def("expand_rows(Tensor values, Tensor bits, Tensor offsets, int first, Tensor(a!) out) -> ()");
+  m.def(
+      "correction_linear(Tensor x, Tensor weight, Tensor columns, Tensor offsets, Tensor persona, float gamma, "
+      "Tensor? bias, Tensor(a!) y) -> bool");
+  m.def("subtract_removed(Tensor x, Tensor weight, Tensor columns, Tensor offsets, float scale, Tensor(a!) y) -> ()");
   m.def("build_info() -> str");
   m.def("instruction_sets() -> str");
   m.def("instruction_set() -> str");
@@ -26,6 +37,12 @@ STABLE_TORCH_LIBRARY_IMPL(persona_native, CPU, m) {
   m.impl("count_digits", TORCH_BOX(&persona::count_digits_cpu));
   m.impl("pack_bits", TORCH_BOX(&persona::pack_bits_cpu));
   m.impl("unpack_bits", TORCH_BOX(&persona::unpack_bits_cpu));
+  m.impl("masked_linear", TORCH_BOX(&persona::masked_linear_cpu));
+  m.impl("gate_rows", TORCH_BOX(&persona::gate_rows_cpu));
+  m.impl("correction_linear", TORCH_BOX(&persona::correction_linear_cpu));
+  m.impl("subtract_removed", TORCH_BOX(&persona::subtract_removed_cpu));
+  m.impl("sparse_linear", TORCH_BOX(&persona::sparse_linear_cpu));
+  m.impl("expand_rows", TORCH_BOX(&persona::expand_rows_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(persona_native, CompositeExplicitAutograd, m) {

@@ -22,6 +22,17 @@ int64_t count_digits_cpu(const Tensor& scores, int64_t level, int64_t prefix, Te
 void pack_bits_cpu(const Tensor& mask, Tensor& bits);
 void unpack_bits_cpu(const Tensor& bits, int64_t columns, Tensor& mask);
 
+bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits, const Tensor& persona, double gamma,
+                       const std::optional<Tensor>& bias, Tensor& y);
+bool correction_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& columns, const Tensor& offsets,
+                           const Tensor& persona, double gamma, const std::optional<Tensor>& bias, Tensor& y);
+void subtract_removed_cpu(const Tensor& x, const Tensor& weight, const Tensor& columns, const Tensor& offsets,
+                          double scale, Tensor& y);
+void sparse_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& bits, const Tensor& offsets,
+                       const std::optional<Tensor>& bias, Tensor& y);
+void expand_rows_cpu(const Tensor& values, const Tensor& bits, const Tensor& offsets, int64_t first, Tensor& out);
+void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out);
+
 std::string build_info();
 std::string instruction_sets();
 std::string instruction_set();

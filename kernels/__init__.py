@@ -20,6 +20,10 @@ _HOME = {
     "pack_bits": "kernels.ops.pack_bits",
     "unpack_bits": "kernels.ops.pack_bits",
     "masked_linear": "kernels.ops.masked_linear",
+    "correction_linear": "kernels.ops.correction_linear",
+    "removed_lists": "kernels.ops.correction_linear",
+    "sparse_linear": "kernels.ops.sparse_linear",
+    "SparseWeight": "kernels.ops.sparse_linear",
     "MaskedLinear": "kernels.layers",
     "PersonaSelector": "kernels.layers",
 }

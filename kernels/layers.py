@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.forms import FORMS, choose_form, worth_listing
+from kernels.ops.correction_linear import correction_linear, removed_lists
 from kernels.ops.masked_linear import masked_linear
 from kernels.ops.masked_linear.reference import gated_weight
 from kernels.ops.pack_bits import pack_bits, unpack_bits
@@ -28,6 +30,13 @@ class PersonaSelector:
         self._holders: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
         self._choice: tuple[int, ...] = (-1,)
         self._index: dict[torch.device, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has holders of its own: they enter themselves (MaskedLinear.__setstate__).
+        return self.__dict__ | {"_holders": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_holders": weakref.WeakSet()})
 
     def select(self, choice: int | Sequence[int] | None, gamma: float = 0.0) -> None:
         """Choose a mask by index for all rows, one per sequence (-1: none), or None for the plain weight."""
@@ -80,6 +89,8 @@ class MaskedLinear(nn.Module):
         bits: packed masks uint8 ``[P, N, ceil(K / 8)]``, True = kept; P may be 0.
         transposed: the weight is stored input-first.
         selector: shared among the layers of a model; an own one by default.
+        form: one of ``kernels.forms.FORMS`` for every product that needs no gradient (those are always masked);
+            None leaves it to ``choose_form``.
 
     With no persona chosen the layer computes what the layer it replaces computes, bit for bit.
     """
@@ -87,6 +98,8 @@ class MaskedLinear(nn.Module):
     bits: Tensor
     bias: nn.Parameter | None
     _effective: Tensor | None
+    _columns: Tensor | None
+    _offsets: Tensor | None
 
     def __init__(
         self,
@@ -96,8 +109,11 @@ class MaskedLinear(nn.Module):
         *,
         transposed: bool = False,
         selector: PersonaSelector | None = None,
+        form: str | None = None,
     ) -> None:
         super().__init__()
+        if form not in (None, *FORMS):
+            raise ValueError(f"MaskedLinear: form must be None or one of {', '.join(FORMS)}, got {form!r}")
         shape = tuple(reversed(weight.shape)) if transposed else tuple(weight.shape)
         self.out_features, self.in_features = shape
         self.weight, self.bias, self.transposed = weight, bias, transposed
@@ -108,11 +124,18 @@ class MaskedLinear(nn.Module):
                 f"got {list(bits.shape)} {bits.dtype}"
             )
         self.register_buffer("bits", bits)
-        self.register_buffer("_effective", None, persistent=False)
+        for name in ("_effective", "_columns", "_offsets"):
+            self.register_buffer(name, None, persistent=False)
+        self.form = form
+        self.list_removed()
         self.fresh = False
         self.selector = selector or PersonaSelector()
         # Made now: a graph that is compiled later finds the buffer and does not make it.
         self.selector.index(weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.selector._holders.add(self)
 
     @classmethod
     def from_linear(cls, linear: Any, masks: Tensor | None = None, **options: Any) -> "MaskedLinear":
@@ -127,6 +150,19 @@ class MaskedLinear(nn.Module):
             masks = torch.empty(0, rows, columns, dtype=torch.bool)
         bits = pack_bits(masks.to(weight.device))
         return cls(weight, linear.bias, bits, transposed=transposed, **options)
+
+    def list_removed(self) -> None:
+        """Make what the forms need besides ``bits``; to be called again by whoever writes to ``bits``."""
+        kept = [float(unpack_bits(packed, self.in_features).double().mean()) for packed in self.bits]
+        self.density = min(kept, default=1.0) if self.bits.numel() else 1.0
+        weight = self.weight
+        wanted = worth_listing(self.in_features, self.density, weight.dtype, weight.device.type)
+        listed = self.form == "correction" or (self.form is None and bool(kept) and not self.transposed and wanted)
+        self._columns, self._offsets = removed_lists(self.bits, self.in_features) if listed else (None, None)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.list_removed()
 
     @property
     def matrix(self) -> Tensor:
@@ -176,7 +212,7 @@ class MaskedLinear(nn.Module):
             chosen = self.selector.index(x.device).shape[0]
             raise ValueError(f"{chosen} personas were chosen for a batch of {x.shape[0]} sequences")
         persona = self.selector.rows(x.device, rows.shape[0])
-        y = masked_linear(rows, weight, self.bits, persona, self.selector.gamma, bias)
+        y = self._product(rows, weight, persona, bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -184,6 +220,17 @@ class MaskedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, personas={self.bits.shape[0]}"
         )
+
+    def _product(self, rows: Tensor, weight: Tensor, persona: Tensor, bias: Tensor | None) -> Tensor:
+        gamma = self.selector.gamma
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias))
+        if self._columns is not None and self._offsets is not None and not learns:
+            personas = 1 if self.selector.mode == "uniform" else len(self.selector._choice)
+            sizes = rows.shape[0], self.out_features, self.in_features
+            form = self.form or choose_form(*sizes, self.density, personas, rows.dtype, rows.device.type)
+            if form == "correction":
+                return correction_linear(rows, weight, self._columns, self._offsets, persona, gamma, bias)
+        return masked_linear(rows, weight, self.bits, persona, gamma, bias)
 
     def _dense(self, x: Tensor) -> Tensor:
         if not self.transposed:

@@ -1,5 +1,6 @@
 """Choose how much each persona's mask removes by what it may cost neutral text."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,8 +22,9 @@ from pipeline.model import PersonaModel
 
 NEUTRAL_TEXTS = 64
 """Neutral pairs that the gradient of neutral text is measured on; the others are for measuring the cost."""
-PROBES = 5
-"""Halvings of the interval: the share removed is found to 1/32 of ``--sparsity``."""
+STEPS, PROBES, CLOSE = 64, 7, 0.85
+"""The share removed is found in 64ths of ``--sparsity``, from at most so many measurements; a cost of at least this
+part of the budget ends the search."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def fit(
         one = found[persona] = largest_within(
             lambda factor, build=build: build(factor=factor)[0],  # type: ignore[misc]
             increase,
-            config.max_perplexity_increase,
+            config.budget,
         )
         note(f"{persona}: {one.factor} of the sparsity, perplexity of neutral answers {one.increase:+.1%}")
     return reduce(or_, (one.masks for one in found.values())), {
@@ -57,30 +59,48 @@ def fit(
 def largest_within(
     build: Callable[[Decimal], PersonaMasks], increase: Callable[[PersonaMasks], float], limit: float
 ) -> Fitted:
-    """The largest factor in (0, 1] whose masks raise perplexity by at most ``limit``, by bisection.
+    """The largest factor found in (0, 1] whose masks raise perplexity by at most ``limit``.
 
-    Cost need not rise with every weight; what is returned has been measured to hold. Raises UserError if even
-    the smallest factor tried costs more.
+    Cost need not rise with every weight; what is returned has been measured to hold. Raises UserError if nothing
+    that was tried does.
     """
-    low, high, best, seen = Decimal(0), Decimal(1), None, 0.0
-    factor = high
-    for _ in range(PROBES + 1):
+    low, high, best, step = 0, STEPS + 1, None, STEPS
+    costs: list[tuple[int, float]] = []
+    for _ in range(PROBES):
+        factor = Decimal(step) / STEPS
         masks = build(factor)
         seen = increase(masks)
         if seen <= limit:
-            low, best = factor, Fitted(masks, factor, seen)
-            if factor == 1:
+            low, best = step, Fitted(masks, factor, seen)
+            if step == STEPS or seen >= CLOSE * limit:
                 break
         else:
-            high = factor
-        factor = (low + high) / 2
+            high = step
+        if high - low <= 1:
+            break
+        costs.append((step, seen))
+        step = _guess(costs[-2:], limit, low, high)
     if best is None:
         persona = ", ".join(masks.personas)
         raise UserError(
-            f"--max-perplexity-increase {limit}: {high} of --sparsity still raises the perplexity of {persona!r} "
-            f"by {seen:.1%}; lower --sparsity or --pool"
+            f"--max-perplexity-increase {limit}: {factor} of --sparsity still raises the perplexity of {persona!r} "
+            f"by {seen:.1%}; allow more, or lower --sparsity or --pool"
         )
     return best
+
+
+def _guess(costs: list[tuple[int, float]], limit: float, low: int, high: int) -> int:
+    """The next step to try, strictly between ``low`` and ``high``, from the last measurements.
+
+    Cost grows as a power of what is removed: about 3/2, or what the last two measurements say.
+    """
+    (before, less), (step, seen) = costs[0], costs[-1]
+    power = 1.5
+    if before != step and less > 0 and seen > 0:
+        power = min(max(math.log(seen / less) / math.log(step / before), 0.5), 4.0)
+    aim = step * (0.93 * limit / seen) ** (1 / power) if seen > 0 else high
+    margin = max((high - low) / 8, 1)
+    return round(min(max(aim, low + margin), high - margin))
 
 
 def neutral_cost(model: Any, tokenizer: Any, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:

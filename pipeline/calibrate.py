@@ -106,7 +106,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     gradients = Gradients(staging, catalogue) if config.criterion in FIRST_ORDER else None
     fitted: dict[str, Any] = {}
     overlaps: dict[str, float] = {}
-    if config.max_perplexity_increase:
+    if config.budget:
         masks, fitted = fit(model, stats, catalogue, config, gradients)
     else:
         masks, overlaps = build_masks(model, stats, catalogue, config, gradients)

@@ -87,12 +87,12 @@ class CalibrateConfig:
     """Ours, signed by one backward pass: first-order (gain per damage to neutral text among what surely helps), and
     its plainer forms first-order-damage, first-order-pool, first-order-gate. The paper's: wanda,
     sparse, contrastive-wanda, contrastive-sparse. Controls: magnitude, random, neutral."""
-    sparsity: str = "0.02"
+    sparsity: str = "0.03"
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
     first-order criteria work at 0.01 to 0.05 and remove at most so many; the paper's are meant for 0.2 to 0.6."""
-    max_perplexity_increase: float = 0.0
+    max_perplexity_increase: float | None = None
     """Remove, for each persona, as large a part of --sparsity as raises the perplexity of neutral answers by at most
-    this share (0.05 is 5 %), found by bisection; 0 removes all of it whatever the cost."""
+    this share; 0 removes all of it whatever the cost. Default 0.05 (5 %) for first-order, 0 for the other criteria."""
     activation: str = "softplus"
     """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
     temperature: float = 2.0
@@ -148,8 +148,8 @@ class CalibrateConfig:
         Sparsity.parse(self.sparsity)
         _at_least("temperature", self.temperature, 1e-6)
         _at_least("evidence", self.evidence, 0)
-        _at_least("max_perplexity_increase", self.max_perplexity_increase, 0)
-        if self.max_perplexity_increase and self.disjoint:
+        _at_least("max_perplexity_increase", self.budget, 0)
+        if self.budget and self.disjoint:
             raise UserError("--max-perplexity-increase fits every persona alone, so it excludes --disjoint")
         _at_least("samples", self.samples, 0)
         _at_least("max_length", self.max_length, 2)
@@ -161,6 +161,13 @@ class CalibrateConfig:
             raise UserError(f"--pool must lie in (0, 1], got {self.pool}")
         if self.disjoint and self.criterion in ("random", "magnitude", "neutral", *FIRST_ORDER):
             raise UserError(f"--disjoint is for the paper's criteria, not {self.criterion!r}")
+
+    @property
+    def budget(self) -> float:
+        """The relative rise in perplexity that a mask may cost; 0 is no limit."""
+        if self.max_perplexity_increase is not None:
+            return self.max_perplexity_increase
+        return 0.05 if self.criterion == "first-order" else 0.0
 
 
 @dataclass
@@ -202,9 +209,9 @@ class EvaluateConfig:
     steering_layers: str = ""
     """steering: decoder blocks whose output the vector is added to, numbered from 0, comma-separated; default four
     around the middle."""
-    steering_strength: str = "shift"
-    """steering: a number, or what makes the vector as strong as the mask: "shift" (of the margin on calibration items)
-    or "cost" (the perplexity of neutral answers)."""
+    steering_strength: str = "cost"
+    """steering: a number, or what makes the vector as strong as the mask: "cost" (the perplexity of neutral answers)
+    or "shift" (of the margin on calibration items, which a mask fits far better)."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True

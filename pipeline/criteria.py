@@ -122,11 +122,42 @@ def first_order(layer: Layer) -> Tensor:
     else:
         damage = scoring.disturbance(weight, _rms(layer))
 
+    found = _Candidates(eligible)
+    gain, change, damage = found.take(gain), found.take(change), found.take(damage)
+
     def removed(price: float) -> Tensor:
         worth = gain + price * change
-        return _best(scoring.gain_per_damage(worth, damage), eligible & (worth > 0), layer)
+        return _best(scoring.gain_per_damage(worth, damage), found.given & (worth > 0), weight.shape[1] - layer.keep)
 
-    return pack_bits(~_balanced(removed, change))
+    return pack_bits(found.kept(_balanced(removed, change)))
+
+
+class _Candidates:
+    """The few eligible weights of a layer ``[N, K]``, moved together in every row ``[N, C]`` in the order of columns.
+
+    Choosing among them is several times faster than among all. ``given`` is False where a row has fewer than C.
+    """
+
+    def __init__(self, eligible: Tensor) -> None:
+        self.shape, counts = eligible.shape, eligible.sum(1)
+        self.rows, self.columns = eligible.nonzero(as_tuple=True)
+        self.places = torch.arange(len(self.rows), device=eligible.device) - (counts.cumsum(0) - counts)[self.rows]
+        # At least one place, so that a layer without candidates needs no other path.
+        width = max(int(counts.max()), 1) if len(counts) else 1
+        self.given = torch.zeros(len(counts), width, dtype=torch.bool, device=eligible.device)
+        self.given[self.rows, self.places] = True
+
+    def take(self, values: Tensor) -> Tensor:
+        """The candidates' values; 0 in empty places."""
+        result = values.new_zeros(self.given.shape)
+        result[self.rows, self.places] = values[self.rows, self.columns]
+        return result
+
+    def kept(self, removed: Tensor) -> Tensor:
+        """The layer's mask ``[N, K]`` without the removed candidates ``[N, C]``."""
+        mask = torch.ones(self.shape, dtype=torch.bool, device=removed.device)
+        mask[self.rows, self.columns] = ~removed[self.rows, self.places]
+        return mask
 
 
 def _balanced(removed: Callable[[float], Tensor], change: Tensor) -> Tensor:
@@ -178,14 +209,14 @@ def _signed(layer: Layer, rank: Tensor, pool: float) -> Tensor:
     eligible = scoring.first_order_gain(layer.weight, _slopes(layer).margin) > 0
     if pool < 1:
         eligible &= least_important(layer.weight, _rms(layer), pool)
-    return pack_bits(~_best(rank, eligible, layer))
+    return pack_bits(~_best(rank, eligible, layer.weight.shape[1] - layer.keep))
 
 
-def _best(rank: Tensor, eligible: Tensor, layer: Layer) -> Tensor:
-    """Up to ``K - keep`` eligible weights of every row, highest ``rank`` first, bool ``[N, K]``."""
+def _best(rank: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Up to ``count`` eligible weights of every row, highest ``rank`` first, bool ``[N, K]``."""
     columns = rank.shape[1]
     scores = rank.masked_fill(~eligible, -torch.inf)
-    return unpack_bits(mask_select_scores(scores, columns - layer.keep), columns) & eligible
+    return unpack_bits(mask_select_scores(scores, min(count, columns)), columns) & eligible
 
 
 def _rms(layer: Layer) -> Tensor:

@@ -81,7 +81,8 @@ class NeutralMasks:
             return (value.T if self._linears[name].transposed else value).cpu()
 
         mean, error = matrix(self._moments.total[name]), matrix(self._moments.error(name))
-        return Slopes(mean, error, mean)
+        # Neutral text is what this mask is for: there is nothing to hold it in balance against.
+        return Slopes(mean, error, mean.new_zeros(mean.shape), error)
 
     @cached_property
     def _statistics(self) -> Any:

@@ -8,6 +8,19 @@
 namespace persona {
 namespace {
 
+/// For every mask byte: how many of its bits are set in front of each bit.
+struct Expansion {
+  std::uint8_t source[256][8];
+
+  constexpr Expansion() : source{} {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0, before = 0; i < 8; before += (byte >> i++) & 1)
+        source[byte][i] = static_cast<std::uint8_t>(before);
+  }
+};
+
+constexpr Expansion expansion;
+
 struct Avx2 {
   static constexpr const char* name = "avx2";
   static constexpr int width = 8;
@@ -54,6 +67,53 @@ struct Avx2 {
   static PERSONA_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static PERSONA_INLINE F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static PERSONA_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+
+  static PERSONA_INLINE void store_as(float* p, F a) { store(p, a); }
+
+  static PERSONA_INLINE void store_as(bf16* p, F a) {
+    const __m256i x = bits(a), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i nearest =
+        _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i wide = _mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc0), nan);
+    const __m128i low = _mm256_castsi256_si128(wide), high = _mm256_extracti128_si256(wide, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+  }
+
+  static PERSONA_INLINE void store_as(f16* p, F a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static PERSONA_INLINE F broadcast(float value) { return _mm256_set1_ps(value); }
+
+  static PERSONA_INLINE float sum(F a) {
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
+  }
+
+  /// `width` bits of a packed mask: all bits of a lane whose bit is set.
+  using Gate = __m256i;
+
+  static PERSONA_INLINE Gate gate(const std::uint8_t* bits) {
+    const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*bits), place), place);
+  }
+
+  /// Lanes of `kept` where the gate's bit is set, else of `removed`.
+  static PERSONA_INLINE F pick(Gate gate, F kept, F removed) {
+    return _mm256_blendv_ps(removed, kept, _mm256_castsi256_ps(gate));
+  }
+
+  /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others. Reads `width` elements.
+  template <class T>
+  static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
+    const __m128i source = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(expansion.source[*bits]));
+    const F spread = _mm256_permutevar8x32_ps(load(p), _mm256_cvtepu8_epi32(source));
+    return _mm256_and_ps(spread, _mm256_castsi256_ps(gate(bits)));
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(*bits); }
 
   static PERSONA_INLINE I zero() { return _mm256_setzero_si256(); }
   static PERSONA_INLINE I bits(F a) { return _mm256_castps_si256(a); }

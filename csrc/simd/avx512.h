@@ -56,6 +56,44 @@ struct Avx512 {
   static PERSONA_INLINE F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static PERSONA_INLINE F abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
 
+  static PERSONA_INLINE void store_as(float* p, F a) { store(p, a); }
+
+  static PERSONA_INLINE void store_as(bf16* p, F a) {
+    const __m512i x = bits(a), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i nearest =
+        _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m512i wide = _mm512_mask_mov_epi32(nearest, nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(wide));
+  }
+
+  static PERSONA_INLINE void store_as(f16* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static PERSONA_INLINE F broadcast(float value) { return _mm512_set1_ps(value); }
+  static PERSONA_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+
+  /// `width` bits of a packed mask.
+  using Gate = __mmask16;
+
+  static PERSONA_INLINE Gate gate(const std::uint8_t* bits) {
+    std::uint16_t word;
+    std::memcpy(&word, bits, sizeof word);
+    return word;
+  }
+
+  /// Lanes of `kept` where the gate's bit is set, else of `removed`.
+  static PERSONA_INLINE F pick(Gate gate, F kept, F removed) { return _mm512_mask_mov_ps(removed, gate, kept); }
+
+  /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others. Reads `width` elements.
+  template <class T>
+  static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
+    return _mm512_maskz_expand_ps(gate(bits), load(p));
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(gate(bits)); }
+
   static PERSONA_INLINE I zero() { return _mm512_setzero_si512(); }
   static PERSONA_INLINE I bits(F a) { return _mm512_castps_si512(a); }
   static PERSONA_INLINE void store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }

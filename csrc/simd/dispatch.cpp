@@ -15,6 +15,14 @@ bool runs_avx512() {
 #endif
 }
 
+bool runs_avx512_bf16() {
+#if defined(__x86_64__)
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+#else
+  return false;
+#endif
+}
+
 bool runs_avx2() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -24,10 +32,11 @@ bool runs_avx2() {
 }
 
 struct Available {
-  const Kernels* table[4] = {};
+  const Kernels* table[5] = {};
 
   Available() {
     int count = 0;
+    if (avx512_bf16_kernels != nullptr && runs_avx512_bf16()) table[count++] = avx512_bf16_kernels;
     if (avx512_kernels != nullptr && runs_avx512()) table[count++] = avx512_kernels;
     if (avx2_kernels != nullptr && runs_avx2()) table[count++] = avx2_kernels;
     table[count] = portable_kernels;

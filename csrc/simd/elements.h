@@ -48,5 +48,29 @@ PERSONA_INLINE float to_float(f16 value) {
   return float_of_bits(sign | ((value.bits & 0x7c00u) == 0x7c00u ? (shifted | 0x7f800000u) : finite));
 }
 
+PERSONA_INLINE void narrow(float value, float& out) { out = value; }
+
+// To the nearest, ties to even.
+PERSONA_INLINE void narrow(float value, bf16& out) {
+  const std::uint32_t bits = bits_of_float(value);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = static_cast<std::uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// A subnormal half is a multiple of 2^-24: adding 0.5 (whose last bit is worth that much) rounds to one.
+PERSONA_INLINE void narrow(float value, f16& out) {
+  const std::uint32_t bits = bits_of_float(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u)
+    half = 0x7e00u;
+  else if (magnitude >= 0x477ff000u)  // from 65520 on the nearest is infinity
+    half = 0x7c00u;
+  else if (magnitude < 0x38800000u)
+    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
+  else
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  out.bits = static_cast<std::uint16_t>(sign | half);
+}
+
 }  // namespace
 }  // namespace persona

@@ -5,6 +5,8 @@
 
 #include "../activation_stats/arguments.h"
 #include "../mask_select/arguments.h"
+#include "../masked_linear/arguments.h"
+#include "../sparse_linear/arguments.h"
 
 namespace persona {
 
@@ -17,9 +19,17 @@ struct Kernels {
                             std::int32_t*);
   Unordered (*count_equal)(const Scores&, float, std::int64_t, std::int64_t, std::int64_t*, std::int32_t*);
   Unordered (*select_above)(const ThresholdArguments&, std::int64_t, std::int64_t);
+  std::size_t (*prepared_bytes)(Element);
+  void (*prepare_rows)(const Matrix&, Element, void*);
+  void (*masked_linear)(const MaskedArguments&, std::int64_t, std::int64_t);
+  void (*gate_rows)(const GateArguments&, std::int64_t, std::int64_t);
+  void (*subtract_removed)(const SubtractArguments&, std::int64_t, std::int64_t);
+  void (*sparse_linear)(const SparseArguments&, std::int64_t, std::int64_t);
+  void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
 };
 
 /// Null where the compiler's target has no such instructions.
+extern const Kernels* const avx512_bf16_kernels;
 extern const Kernels* const avx512_kernels;
 extern const Kernels* const avx2_kernels;
 extern const Kernels* const portable_kernels;

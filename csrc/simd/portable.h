@@ -59,6 +59,46 @@ struct Portable {
     return r;
   }
 
+  template <class T>
+  static PERSONA_INLINE void store_as(T* p, F a) {
+    for (int i = 0; i < width; ++i) narrow(a.lane[i], p[i]);
+  }
+
+  static PERSONA_INLINE F broadcast(float value) {
+    F r;
+    for (int i = 0; i < width; ++i) r.lane[i] = value;
+    return r;
+  }
+
+  static PERSONA_INLINE float sum(F a) {
+    float lane[width];
+    std::memcpy(lane, a.lane, sizeof lane);
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+  }
+
+  /// `width` bits of a packed mask.
+  using Gate = std::uint8_t;
+  static PERSONA_INLINE Gate gate(const std::uint8_t* bits) { return *bits; }
+
+  /// Lanes of `kept` where the gate's bit is set, else of `removed`.
+  static PERSONA_INLINE F pick(Gate gate, F kept, F removed) {
+    F r;
+    for (int i = 0; i < width; ++i) r.lane[i] = (gate >> i) & 1 ? kept.lane[i] : removed.lane[i];
+    return r;
+  }
+
+  /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others.
+  template <class T>
+  static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
+    F r;
+    for (int i = 0; i < width; ++i) r.lane[i] = (*bits >> i) & 1 ? to_float(*p++) : 0.0f;
+    return r;
+  }
+
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(*bits); }
+
   static PERSONA_INLINE I zero() { return {}; }
 
   static PERSONA_INLINE I bits(F a) {

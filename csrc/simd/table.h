@@ -5,14 +5,18 @@
 #include "../mask_select/kernel.h"
 #include "../mask_select/nm.h"
 #include "../mask_select/threshold.h"
+#include "../masked_linear/kernel.h"
+#include "../masked_linear/rows.h"
+#include "../sparse_linear/kernel.h"
 #include "kernels.h"
 
 namespace persona {
 namespace {
 
 template <class V>
-constexpr Kernels table{V::name,         activation_stats<V>, mask_select<V>, mask_select_nm<V>,
-                        count_digits<V>, count_equal<V>,      select_above<V>};
+constexpr Kernels table{V::name,        activation_stats<V>, mask_select<V>,    mask_select_nm<V>, count_digits<V>,
+                        count_equal<V>, select_above<V>,     prepared_bytes<V>, prepare_rows<V>,   masked_linear<V>,
+                        gate_rows<V>,   subtract_removed<V>, sparse_linear<V>,  expand_rows<V>};
 
 }  // namespace
 }  // namespace persona

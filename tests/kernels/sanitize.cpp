@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "simd/kernels.h"
+#include "simd/product.h"
 
 using namespace persona;
 
@@ -25,7 +26,14 @@ void expect(bool condition, const char* what, const char* isa, std::int64_t colu
 struct Values {
   std::vector<unsigned char> bytes;
   std::vector<float> value;
+  std::int64_t count() const { return static_cast<std::int64_t>(value.size()); }
 };
+
+float value_of(const std::vector<unsigned char>& bytes, Element element, std::int64_t i) {
+  if (element == Element::f32) return float_of_bits(reinterpret_cast<const std::uint32_t*>(bytes.data())[i]);
+  const std::uint16_t bits = reinterpret_cast<const std::uint16_t*>(bytes.data())[i];
+  return element == Element::bf16 ? to_float(bf16{bits}) : to_float(f16{bits});
+}
 
 template <class T>
 void append(std::vector<unsigned char>& bytes, T value) {
@@ -136,6 +144,138 @@ void check_select(const Kernels& k, Element element, std::int64_t rows, std::int
     }
 }
 
+/// y of `rows` rows of x with a persona each (the second has none), and the same from gated rows of the weight.
+void check_masked(const Kernels& k, Element element, std::int64_t rows, std::int64_t outputs, std::int64_t columns,
+                  float gamma) {
+  const Values x = draw(element, rows * columns), w = draw(element, outputs * columns), b = draw(element, outputs);
+  const std::int64_t bytes = (columns + 7) / 8, size = static_cast<std::int64_t>(x.bytes.size()) / x.count();
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(rows * outputs * bytes)), plain(bytes, 0xff);
+  for (auto& byte : bits) byte = static_cast<std::uint8_t>(generator());
+  std::vector<MaskRows> masks;
+  for (std::int64_t m = 0; m < rows; ++m)
+    masks.push_back(m == 1 ? MaskRows{plain.data(), 0} : MaskRows{bits.data() + m * outputs * bytes, bytes});
+  std::vector<unsigned char> prepared(static_cast<std::size_t>(rows * padded_steps(columns)) *
+                                      k.prepared_bytes(element));
+  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size)), gated(w.bytes.size());
+  k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
+  const Matrix weight{w.bytes.data(), outputs, columns, {columns, 1}};
+  k.masked_linear({prepared.data(), rows, weight, element, masks.data(), false, gamma, b.bytes.data(), 1, y.data(),
+                   outputs, nullptr, 0},
+                  0, outputs);
+  for (std::int64_t m = 0; m < rows; ++m) {
+    k.gate_rows({weight, element, masks[static_cast<std::size_t>(m)], gamma, gated.data()}, 0, outputs);
+    for (std::int64_t n = 0; n < outputs; ++n) {
+      double expected = b.value[static_cast<std::size_t>(n)], scale = 1;
+      for (std::int64_t c = 0; c < columns; ++c) {
+        const MaskRows& mask = masks[static_cast<std::size_t>(m)];
+        const bool kept = (mask.bits[n * mask.stride + c / 8] >> (c % 8)) & 1;
+        const float value = w.value[static_cast<std::size_t>(n * columns + c)];
+        const double product = (kept ? 1.0 : gamma) * value * x.value[static_cast<std::size_t>(m * columns + c)];
+        expected += product;
+        scale += std::abs(product);
+        const float gate = value_of(gated, element, n * columns + c);
+        expect(std::abs(gate - (kept ? value : gamma * value)) <= std::abs(value) / 256, "gate_rows", k.name, columns);
+      }
+      const float actual = value_of(y, element, m * outputs + n);
+      expect(std::abs(actual - expected) <= scale / 128, "masked_linear", k.name, columns);
+    }
+  }
+}
+
+/// The dense product less the products of listed weights: y in one pass, and a dense y corrected afterwards.
+void check_correction(const Kernels& k, Element element, std::int64_t rows, std::int64_t outputs,
+                      std::int64_t columns) {
+  const Values x = draw(element, rows * columns), w = draw(element, outputs * columns);
+  const std::int64_t bytes = (columns + 7) / 8, size = static_cast<std::int64_t>(x.bytes.size()) / x.count();
+  std::vector<std::uint16_t> listed;
+  std::vector<std::int32_t> offsets{0};
+  for (std::int64_t n = 0; n < outputs; ++n) {
+    for (std::int64_t c = 0; c < columns; ++c)
+      if (n == 0 || generator() % 8 == 0) listed.push_back(static_cast<std::uint16_t>(c));
+    offsets.push_back(static_cast<std::int32_t>(listed.size()));
+  }
+  const std::vector<std::uint8_t> plain(static_cast<std::size_t>(bytes), 0xff);
+  const MaskRows mask{plain.data(), 0};
+  std::vector<RemovedRows> removed(static_cast<std::size_t>(rows), {listed.data(), offsets.data()});
+  if (rows > 1) removed[1].offsets = nullptr;
+  std::vector<unsigned char> prepared(static_cast<std::size_t>(rows * padded_steps(columns)) *
+                                      k.prepared_bytes(element));
+  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size)), after = y;
+  k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
+  const Matrix weight{w.bytes.data(), outputs, columns, {columns, 1}};
+  MaskedArguments arguments{prepared.data(), rows, weight,   element, &mask,          true, 0,
+                            nullptr,         0,    y.data(), outputs, removed.data(), 0.75f};
+  k.masked_linear(arguments, 0, outputs);
+  arguments.y = after.data();
+  arguments.removed = nullptr;
+  k.masked_linear(arguments, 0, outputs);
+  std::vector<float> aside(static_cast<std::size_t>(columns * kRowsAside));
+  for (std::int64_t m = 0; m < rows; ++m)
+    for (std::int64_t c = 0; c < columns; ++c)
+      aside[static_cast<std::size_t>(c * kRowsAside + m)] = x.value[static_cast<std::size_t>(m * columns + c)];
+  k.subtract_removed(
+      {aside.data(), rows, weight, element, {listed.data(), offsets.data()}, 0.75f, after.data(), outputs}, 0, outputs);
+  for (std::int64_t m = 0; m < rows; ++m)
+    for (std::int64_t n = 0; n < outputs; ++n) {
+      double dense = 0, less = 0, scale = 1;
+      for (std::int64_t c = 0, i = offsets[static_cast<std::size_t>(n)]; c < columns; ++c) {
+        const double product = static_cast<double>(w.value[static_cast<std::size_t>(n * columns + c)]) *
+                               x.value[static_cast<std::size_t>(m * columns + c)];
+        dense += product;
+        scale += std::abs(product);
+        if (i < offsets[static_cast<std::size_t>(n + 1)] && listed[static_cast<std::size_t>(i)] == c)
+          less += 0.75 * product, ++i;
+      }
+      const float first = value_of(y, element, m * outputs + n), second = value_of(after, element, m * outputs + n);
+      expect(std::abs(first - (dense - (m == 1 ? 0 : less))) <= scale / 64, "correction", k.name, columns);
+      expect(std::abs(second - (dense - less)) <= scale / 64, "subtract_removed", k.name, columns);
+    }
+}
+
+/// A weight of ones in random places, and one whose masks claim more values than there are.
+void check_sparse(const Kernels& k, Element element, std::int64_t rows, std::int64_t outputs, std::int64_t columns) {
+  const Values x = draw(element, rows * columns), b = draw(element, outputs);
+  const std::int64_t bytes = (columns + 7) / 8, size = static_cast<std::int64_t>(x.bytes.size()) / x.count();
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(outputs * bytes));
+  std::vector<std::int64_t> offsets{0};
+  for (std::int64_t n = 0; n < outputs; ++n) {
+    std::int64_t count = 0;
+    for (std::int64_t c = 0; c < columns; ++c)
+      if (n > 0 && generator() % 2 != 0) bits[static_cast<std::size_t>(n * bytes + c / 8)] |= 1 << (c % 8), ++count;
+    offsets.push_back(offsets.back() + count);
+  }
+  std::vector<unsigned char> values;
+  for (std::int64_t i = 0; i < offsets.back() + kSparsePadding; ++i) {
+    if (element == Element::f32) append(values, i < offsets.back() ? 1.0f : 0.0f);
+    if (element == Element::bf16) append(values, static_cast<std::uint16_t>(i < offsets.back() ? 0x3f80 : 0));
+    if (element == Element::f16) append(values, static_cast<std::uint16_t>(i < offsets.back() ? 0x3c00 : 0));
+  }
+  std::vector<unsigned char> prepared(static_cast<std::size_t>(rows * padded_steps(columns)) *
+                                      k.prepared_bytes(element));
+  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size));
+  std::vector<unsigned char> dense(static_cast<std::size_t>(outputs * columns * size));
+  k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
+  const SparseMatrix weight{values.data(), element, bits.data(), offsets.data(), outputs, columns};
+  const SparseArguments arguments{prepared.data(), rows, weight, b.bytes.data(), 1, y.data(), outputs};
+  k.sparse_linear(arguments, 0, outputs);
+  k.expand_rows(weight, dense.data(), 0, outputs);
+  for (std::int64_t n = 0; n < outputs; ++n)
+    for (std::int64_t m = 0; m < rows; ++m) {
+      double expected = b.value[static_cast<std::size_t>(n)], scale = 1;
+      for (std::int64_t c = 0; c < columns; ++c) {
+        const float w = (bits[static_cast<std::size_t>(n * bytes + c / 8)] >> (c % 8)) & 1;
+        expect(value_of(dense, element, n * columns + c) == w, "expand_rows", k.name, columns);
+        expected += w * x.value[static_cast<std::size_t>(m * columns + c)];
+        scale += std::abs(x.value[static_cast<std::size_t>(m * columns + c)]);
+      }
+      expect(std::abs(value_of(y, element, m * outputs + n) - expected) <= scale / 128, "sparse_linear", k.name,
+             columns);
+    }
+  for (auto& byte : bits) byte = 0xff;
+  k.sparse_linear(arguments, 0, outputs);
+  k.expand_rows(weight, dense.data(), 0, outputs);
+}
+
 }  // namespace
 
 int main() {
@@ -146,6 +286,12 @@ int main() {
         for (std::int64_t columns : {1, 7, 8, 63, 64, 65, 577, 1056}) {
           for (std::int64_t tokens : {0, 1, 2, 9, 75}) check_stats(**table, element, 3, tokens, columns, step);
           check_select(**table, element, 5, columns, step);
+          if (element == Element::f64 || step != 1) continue;
+          for (std::int64_t rows : {1, 2, 4, 7}) {
+            check_sparse(**table, element, rows, 7, columns);
+            check_correction(**table, element, rows, 7, columns);
+            for (float gamma : {0.0f, 0.25f}) check_masked(**table, element, rows, 7, columns, gamma);
+          }
         }
   }
   return failures != 0;

@@ -163,6 +163,15 @@ def test_deepcopy_is_independent(mode):
     assert other.weight.data_ptr() != layer.weight.data_ptr()
 
 
+def test_copy_of_a_materialized_layer_follows_its_own_choice():
+    masks, x = random_masks(P, N, K), torch.randn(3, 1, K)
+    layer = choose(layer_of(original_of("linear"), masks), "materialized")
+    other = copy.deepcopy(layer)
+    other.select([0, -1, 2])
+    assert_as_accurate(other(x).detach(), *expected(other, masks, "rows", 0.0, x))
+    assert layer.fresh
+
+
 @CHOICES
 def test_state_dict_round_trip(mode):
     layer = choose(layer_of(original_of("linear")), mode)
@@ -207,3 +216,55 @@ def test_bad_bits_and_masks():
 def test_repr_names_the_sizes():
     text = repr(layer_of(original_of("no-bias"), selector=PersonaSelector()))
     assert "in_features=37, out_features=33, bias=False, personas=3" in text
+
+
+@pytest.mark.parametrize("mode", ["uniform", "rows"])
+@STORED
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forced_correction(mode, stored, dtype, compiled):
+    masks = random_masks(P, N, K)
+    layer = choose(layer_of(original_of(stored, dtype), masks, form="correction"), mode, 0.3)
+    run, products = compiled(layer), []
+    for tokens in (0, 1, 40):
+        x = torch.randn(3, tokens, K).to(dtype)
+        with torch.no_grad():
+            assert_as_accurate(layer(x), *expected(layer, masks, mode, 0.3, x))
+            assert torch.equal(run(x), layer(x))
+        products.append(layer(x))
+    products[-1].sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("form", [None, "masked", "correction"])
+def test_lists_follow_the_masks(form):
+    """Lists are made where they may be used, loaded masks get new ones, and copies have their own."""
+    masks = torch.ones(P, N, K, dtype=torch.bool)
+    masks[:, 3, ::9] = False
+    layer = layer_of(original_of("linear"), masks, form=form)
+    assert (layer._columns is None) == (form == "masked")
+    assert layer.density == pytest.approx(1 - 5 / (N * K))
+    other = layer_of(original_of("linear"), torch.ones_like(masks), form=form)
+    other.load_state_dict(layer.state_dict())
+    assert sorted(layer.state_dict()) == ["bias", "bits", "weight"]
+    x = torch.randn(3, 20, K)
+    with torch.no_grad():
+        for layer_ in (layer, other, copy.deepcopy(layer)):
+            assert_as_accurate(choose(layer_, "uniform")(x), *expected(layer, masks, "uniform", 0.0, x))
+
+
+def test_switching_allocates_nothing():
+    selector = PersonaSelector()
+    layers = [layer_of(original_of("linear"), selector=selector, form=form) for form in (None, "correction")]
+    selector.select(0)
+    index = selector.index(torch.device("cpu"))
+    address = index.data_ptr()
+    for choice in (1, 2, 0):
+        selector.select(choice, 0.3)
+        assert selector.index(torch.device("cpu")) is index
+        assert (index.data_ptr(), index.tolist()) == (address, [choice])
+    assert layers[0].selector is layers[1].selector
+
+
+def test_unknown_form():
+    with pytest.raises(ValueError, match="form must be None or one of masked, correction, got 'dense'"):
+        layer_of(original_of("linear"), form="dense")

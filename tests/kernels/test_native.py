@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from kernels import backends, native
 
 ROOT = Path(__file__).parents[2]
-NATIVE_OPS = ("activation_stats", "mask_select", "mask_select_scores", "mask_select_nm", "mask_select_threshold")
+NATIVE_OPS = (
+    "activation_stats",
+    "mask_select",
+    "mask_select_scores",
+    "mask_select_nm",
+    "mask_select_threshold",
+    "masked_linear",
+    "sparse_linear",
+    "correction_linear",
+)
 needs_library = pytest.mark.skipif(native.problem() is not None, reason=native.describe())
 
 
@@ -29,6 +39,7 @@ def start(*arguments, **environment):
 @needs_library
 @pytest.mark.parametrize("op", NATIVE_OPS)
 def test_native_is_chosen(op):
+    getattr(kernels, op)
     assert backends.choose(op, "cpu") == "cpp"
 
 

@@ -143,6 +143,11 @@ def test_first_order_leaves_neutral_text_as_it_is(spread, side):
     assert any(torch.equal(removed(price), got) and side * change(removed(less)) >= 0 for price, less in steps)
 
 
+def test_first_order_without_candidates():
+    case = layer(keep=0, evidence=1e9)
+    assert mask("first-order", case).all()
+
+
 def test_first_order_removes_only_what_helps():
     case = layer(keep=0)
     assert ((~mask("first-order", case)) <= (case.weight * case.slopes.margin < 0)).all()

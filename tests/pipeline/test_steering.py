@@ -98,6 +98,7 @@ def test_steering_through_the_program(finished, tmp_path, capsys):
     held = write_pairs(tmp_path / "held.csv", 14)
     options = ["--data", str(held), "--texts", "1", "--bootstrap", "20", "--questions", "0", "--steering-layers", "1"]
     options += ["--conditions", "steering", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]
+    options += ["--steering-strength", "shift"]
     assert evaluate.main([str(finished), *options]) == 0
     report = json.loads((tmp_path / "e.json").read_text())
     by = {(r["condition"], r["persona"]): r for r in report["records"]}
@@ -119,6 +120,7 @@ def test_each_pole_is_steered_towards_itself_as_far_as_by_its_mask(words, tmp_pa
     assert calibrate.main(words(run, "--sparsity", "0.1")) == 0
     options = ["--data", str(held), "--texts", "1", "--bootstrap", "20", "--questions", "0", "--gamma", "0.25"]
     options += ["--conditions", "steering,mask", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]
+    options += ["--steering-strength", "shift"]
     assert evaluate.main([str(run), *options]) == 0
     report = json.loads((tmp_path / "e.json").read_text())
     by = {(r["condition"], r["persona"]): r for r in report["records"]}

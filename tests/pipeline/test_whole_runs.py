@@ -83,20 +83,29 @@ def test_signed_masks_move_the_margin(place, run):
     assert mean["down"] < mean[None] < mean["up"]
 
 
+SMALL = ("--accelerator", "cpu", "--batch-tokens", "200", "--sparsity", "0.1")
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """One process, the same batches: a first-order criterion goes by the spread between batches."""
+    assert calibrate.main(command(place, place / "alone", *SMALL)) == 0
+    return place / "alone"
+
+
 @pytest.mark.parametrize(
     "options", [("--devices", "2"), ("--devices", "3"), ("--devices", "2", "--strategy", "ddp")], ids=str
 )
-def test_any_number_of_processes(place, run, tmp_path, options):
-    batches = ("--accelerator", "cpu", "--batch-tokens", "200", "--sparsity", "0.1")
-    words = [sys.executable, "-m", "pipeline.calibrate", *command(place, tmp_path / "many", *batches, *options)]
+def test_any_number_of_processes(place, alone, tmp_path, options):
+    words = [sys.executable, "-m", "pipeline.calibrate", *command(place, tmp_path / "many", *SMALL, *options)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    one, many = load_statistics(run / STATISTICS), load_statistics(tmp_path / "many" / STATISTICS)
+    one, many = load_statistics(alone / STATISTICS), load_statistics(tmp_path / "many" / STATISTICS)
     assert torch.equal(one.counts, many.counts)
     for site, sums in one.sums.items():
         scale = sums.abs().amax(2, keepdim=True)
         assert ((sums - many.sums[site]).abs() <= 1e-5 * scale).all()
-    a, b = load_masks(run), load_masks(tmp_path / "many")
+    a, b = load_masks(alone), load_masks(tmp_path / "many")
     different = sum((a.mask(p, x) != b.mask(p, x)).sum().item() for p in a.personas for x in a.shapes)
     assert different <= 1e-3 * sum(rows * columns for rows, columns in a.shapes.values())
 

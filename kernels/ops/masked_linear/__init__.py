@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import backends, triton_backend
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
+from kernels.ops.masked_linear.cpp import masked_linear_cpp
 from kernels.ops.masked_linear.reference import masked_linear_backward_reference, masked_linear_reference
 
 
@@ -21,7 +22,8 @@ def masked_linear(
         persona: int32 ``[M]``, or ``[1]`` for all rows: index into ``bits``, -1 for the plain weight.
             One that does not exist raises ValueError; a GPU backend must not wait for the values and
             fills such a row with NaN.
-        gamma: share of a removed weight that stays, 0 <= gamma < 1.
+        gamma: share of a removed weight that stays, 0 <= gamma < 1. At 0 a removed weight is 0, whatever it was,
+            NaN and infinity too; with an infinite x that 0 gives NaN, as in any product.
         bias: ``[N]`` or None.
 
     Returns:
@@ -81,4 +83,5 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, ga
 
 masked_linear.register_autograd(_backward, setup_context=_setup_context)
 backends.register("masked_linear", "reference", masked_linear_reference)
+native.register("masked_linear", masked_linear_cpp)
 triton_backend.register("masked_linear", "kernels.ops.masked_linear.triton", "masked_linear_triton")

@@ -11,7 +11,9 @@ from kernels.ops.pack_bits.reference import unpack_bits_reference
 
 def gated_weight(weight: Tensor, bits: Tensor, gamma: float) -> Tensor:
     """``W * (M + gamma (1 - M))`` ``[N, K]`` from one packed mask ``[N, ceil(K / 8)]``."""
-    return torch.where(unpack_bits_reference(bits, weight.shape[1]), weight, weight * gamma)
+    # A product with a gamma of 0 would let infinity and NaN through.
+    removed = weight * gamma if gamma else weight.new_zeros(())
+    return torch.where(unpack_bits_reference(bits, weight.shape[1]), weight, removed)
 
 
 def masked_linear_reference(
@@ -19,7 +21,7 @@ def masked_linear_reference(
 ) -> Tensor:
     """See ``kernels.ops.masked_linear``."""
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for index, rows in _rows_of_each(persona, x.shape[0], bits.shape[0]):
+    for index, rows in rows_of_each(persona, x.shape[0], bits.shape[0]):
         gated = weight if index < 0 else gated_weight(weight, bits[index], gamma)
         y[rows] = F.linear(x[rows], gated, bias)
     return y
@@ -30,7 +32,7 @@ def masked_linear_backward_reference(
 ) -> tuple[Tensor, Tensor]:
     """``dx_m = G W^T dy_m``, ``dW = sum_p G_p * (dy^T x over the rows of p)``."""
     grad_x, grad_weight = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(weight)
-    for index, rows in _rows_of_each(persona, x.shape[0], bits.shape[0]):
+    for index, rows in rows_of_each(persona, x.shape[0], bits.shape[0]):
         product = grad[rows].T @ x[rows]
         if index < 0:
             grad_x[rows] = grad[rows] @ weight
@@ -41,9 +43,11 @@ def masked_linear_backward_reference(
     return grad_x, grad_weight
 
 
-def _rows_of_each(persona: Tensor, count: int, personas: int) -> Iterator[tuple[int, slice | Tensor]]:
+def rows_of_each(
+    persona: Tensor, count: int, personas: int, op: str = "masked_linear"
+) -> Iterator[tuple[int, slice | Tensor]]:
     """Every persona index present, with the rows it owns."""
-    present = check_personas(persona, personas)
+    present = check_personas(persona, personas, op)
     if len(present) == 1:
         yield present[0], slice(0, count)
         return
@@ -51,9 +55,9 @@ def _rows_of_each(persona: Tensor, count: int, personas: int) -> Iterator[tuple[
         yield index, (persona == index).nonzero().squeeze(1)
 
 
-def check_personas(persona: Tensor, personas: int) -> list[int]:
+def check_personas(persona: Tensor, personas: int, op: str = "masked_linear") -> list[int]:
     """The persona indices present, in order; ValueError if one of them has no mask."""
     present = persona.unique().tolist()
     if present and not -1 <= present[0] <= present[-1] < personas:
-        raise ValueError(f"masked_linear: persona must lie in -1..{personas - 1}, got {present}")
+        raise ValueError(f"{op}: persona must lie in -1..{personas - 1}, got {present}")
     return present

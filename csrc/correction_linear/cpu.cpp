@@ -1,0 +1,77 @@
+// The dense product less the products of listed weights, on torch's CPU threads.
+#include "../masked_linear/launch.h"
+#include "../ops.h"
+
+namespace persona {
+namespace {
+
+/// `offsets` [N + 1] of one persona, within a list of `count` columns.
+const int32_t* check_offsets(const int32_t* offsets, int64_t rows, int64_t count) {
+  bool rising = offsets[0] >= 0 && offsets[rows] <= count;
+  for (int64_t n = 0; n < rows; ++n) rising &= offsets[n] <= offsets[n + 1];
+  STD_TORCH_CHECK(rising, "offsets must rise from 0 to the number of columns");
+  return offsets;
+}
+
+/// [M]; empty if one of the personas has no list.
+std::vector<RemovedRows> removed_of(const Tensor& columns, const Tensor& offsets, const Tensor& persona, int64_t rows) {
+  const uint16_t* first = static_cast<const uint16_t*>(columns.const_data_ptr());
+  const int32_t* offset = static_cast<const int32_t*>(offsets.const_data_ptr());
+  const int32_t* index = static_cast<const int32_t*>(persona.const_data_ptr());
+  const int64_t outputs = offsets.size(1) - 1;
+  std::vector<RemovedRows> removed;
+  std::vector<bool> checked(static_cast<size_t>(offsets.size(0)), false);
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t p = persona.size(0) == 1 ? index[0] : index[m * persona.stride(0)];
+    if (p < -1 || p >= offsets.size(0)) return {};
+    removed.push_back({first, p < 0 ? nullptr : offset + p * (outputs + 1)});
+    if (p < 0 || checked[static_cast<size_t>(p)]) continue;
+    check_offsets(removed.back().offsets, outputs, columns.numel());
+    checked[static_cast<size_t>(p)] = true;
+  }
+  return removed;
+}
+
+}  // namespace
+
+bool correction_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& columns, const Tensor& offsets,
+                           const Tensor& persona, double gamma, const std::optional<Tensor>& bias, Tensor& y) {
+  check_product(x, weight, persona, bias, y);
+  check_cpu(offsets, "offsets", 2);
+  check_plain(columns, "columns", ScalarType::UInt16, columns.numel());
+  check_plain(offsets, "offsets", ScalarType::Int, offsets.size(0) * (weight.size(0) + 1));
+  const std::vector<uint8_t> plain(static_cast<size_t>((weight.size(1) + 7) / 8), 0xff);
+  const Gates gates{
+      {{plain.data(), 0}}, 0, removed_of(columns, offsets, persona, x.size(0)), static_cast<float>(1 - gamma)};
+  if (gates.removed.empty() && x.size(0) > 0) return false;
+  if (x.size(0) > 0) multiply_rows(x, weight, gates, bias, y);
+  return true;
+}
+
+void subtract_removed_cpu(const Tensor& x, const Tensor& weight, const Tensor& columns, const Tensor& offsets,
+                          double scale, Tensor& y) {
+  check_cpu(y, "y", 2);
+  check_weight(weight, y);
+  const int64_t outputs = weight.size(0);
+  check_plain(x, "x", ScalarType::Float, weight.size(1) * kRowsAside);
+  check_plain(columns, "columns", ScalarType::UInt16, columns.numel());
+  check_plain(offsets, "offsets", ScalarType::Int, outputs + 1);
+  STD_TORCH_CHECK(y.size(0) <= kRowsAside && y.size(1) == outputs && (outputs < 2 || y.stride(1) == 1),
+                  "y must have at most ", kRowsAside, " rows of N adjacent columns");
+  const int32_t* offset = static_cast<const int32_t*>(offsets.const_data_ptr());
+  const SubtractArguments arguments{
+      static_cast<const float*>(x.const_data_ptr()),
+      y.size(0),
+      matrix_of(weight),
+      element_of(weight, "weight"),
+      {static_cast<const uint16_t*>(columns.const_data_ptr()), check_offsets(offset, outputs, columns.numel())},
+      static_cast<float>(scale),
+      y.mutable_data_ptr(),
+      y.stride(0)};
+  const auto kernel = kernels().subtract_removed;
+  const int64_t work = std::max<int64_t>((offset[outputs] - offset[0]) / std::max<int64_t>(outputs, 1), 1) * kRowsAside;
+  parallel_parts(outputs, parts_of(outputs, kLeastWeights / work),
+                 [&](int64_t, int64_t first, int64_t last) { kernel(arguments, first, last); });
+}
+
+}  // namespace persona

@@ -1,0 +1,71 @@
+// What the kernels of the masked product read and write, free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../simd/elements.h"
+
+namespace persona {
+
+/// Strides count elements.
+struct Matrix {
+  const void* data;
+  std::int64_t rows, columns, stride[2];
+};
+
+/// The rows of a packed mask that one row of x uses; stride 0 where all rows of the weight share one (no persona).
+struct MaskRows {
+  const std::uint8_t* bits;
+  std::int64_t stride;
+};
+
+/// The columns that one row of x's persona removes from row n of the weight: `columns[offsets[n] .. offsets[n + 1])`.
+struct RemovedRows {
+  const std::uint16_t* columns;
+  const std::int32_t* offsets;  // null: nothing is removed
+};
+
+/// At most this many rows of x in one call of `masked_linear`.
+constexpr std::int64_t kMostRows = 32;
+/// Rows of x that `subtract_removed` takes at a time, side by side.
+constexpr std::int64_t kRowsAside = 64;
+
+struct MaskedArguments {
+  const void* x;  // from prepare_rows
+  std::int64_t rows;
+  Matrix weight;  // [N, K], columns adjacent
+  Element element;
+  const MaskRows* mask;  // [M], or [1] where all rows have the same
+  bool shared;
+  float gamma;
+  const void* bias;  // [N], or null
+  std::int64_t bias_stride;
+  void* y;  // [M, N]
+  std::int64_t y_stride;
+  // Null, or [M]: `removed_scale` times the products of these weights is taken away again (correction_linear).
+  const RemovedRows* removed;
+  float removed_scale;
+};
+
+/// Takes `scale` times the products of the removed weights away from y `[M, N]`.
+struct SubtractArguments {
+  const float* x;  // [K, kRowsAside], transposed
+  std::int64_t rows;
+  Matrix weight;
+  Element element;
+  RemovedRows removed;
+  float scale;
+  void* y;
+  std::int64_t y_stride;
+};
+
+/// Writes `rows` of the gated weight, in its own dtype, one behind the other.
+struct GateArguments {
+  Matrix weight;  // [N, K], columns adjacent
+  Element element;
+  MaskRows mask;
+  float gamma;
+  void* out;  // [N, K]
+};
+
+}  // namespace persona

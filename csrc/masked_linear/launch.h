@@ -1,0 +1,60 @@
+// What the launchers of the products of few rows share.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../checks.h"
+#include "../simd/kernels.h"
+#include "../simd/product.h"
+
+namespace persona {
+
+/// Below this many weights a thread costs more than it saves.
+constexpr int64_t kLeastWeights = 1 << 16;
+
+inline Matrix matrix_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(0), t.size(1), {t.stride(0), t.stride(1)}};
+}
+
+/// x [M, K], `kMostRows` rows after the other.
+class PreparedRows {
+ public:
+  explicit PreparedRows(const Tensor& x)
+      : row_bytes_(static_cast<size_t>(padded_steps(x.size(1))) * kernels().prepared_bytes(element_of(x, "x"))),
+        data_((static_cast<size_t>(x.size(0)) * row_bytes_ + sizeof(float) - 1) / sizeof(float)) {
+    for (int64_t m = 0; m < x.size(0); m += kMostRows) {
+      Matrix some = matrix_of(x);
+      some.data = static_cast<const char*>(some.data) + m * some.stride[0] * static_cast<int64_t>(x.element_size());
+      some.rows = std::min(x.size(0) - m, kMostRows);
+      kernels().prepare_rows(some, element_of(x, "x"), const_cast<void*>(at(m)));
+    }
+  }
+
+  /// Row m, a multiple of `kMostRows`, and those behind it.
+  const void* at(int64_t m) const {
+    return reinterpret_cast<const char*>(data_.data()) + static_cast<size_t>(m) * row_bytes_;
+  }
+
+ private:
+  size_t row_bytes_;
+  std::vector<float> data_;
+};
+
+/// What becomes of the weight: masks as in MaskedArguments, and lists of removed columns, or none.
+struct Gates {
+  std::vector<MaskRows> masks;
+  float gamma;
+  std::vector<RemovedRows> removed;
+  float removed_scale;
+};
+
+void check_weight(const Tensor& weight, const Tensor& like);
+void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona, const std::optional<Tensor>& bias,
+                   const Tensor& y);
+
+/// y = the gated weight times x, plus bias, for one row of x or more.
+void multiply_rows(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                   Tensor& y);
+
+}  // namespace persona

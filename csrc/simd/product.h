@@ -1,0 +1,44 @@
+// How weights of type T are multiplied with x in instruction set V: `step` of them at a time.
+#pragma once
+
+#include "elements.h"
+
+namespace persona {
+namespace {
+
+/// Widened to float32. An instruction set that knows better specialises this.
+template <class V, class T>
+struct Product {
+  using X = float;
+  using W = typename V::F;
+  static constexpr int step = V::width;
+
+  static PERSONA_INLINE W load(const T* p) { return V::load(p); }
+  static PERSONA_INLINE W scale(W w, float gamma) { return V::mul(w, V::broadcast(gamma)); }
+  static PERSONA_INLINE W none() { return V::broadcast(0); }
+
+  static PERSONA_INLINE W pick(const std::uint8_t* bits, W kept, W removed) {
+    return V::pick(V::gate(bits), kept, removed);
+  }
+
+  static PERSONA_INLINE W expand(const T* p, const std::uint8_t* bits) { return V::expand(p, bits); }
+  static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return V::count_bits(bits); }
+
+  static PERSONA_INLINE typename V::F multiply_add(W w, const X* x, typename V::F sum) {
+    return V::multiply_add(w, V::load(x), sum);
+  }
+};
+
+/// x is kept in rows of whole steps of every product.
+constexpr std::int64_t kStep = 32;
+
+PERSONA_INLINE std::int64_t padded_steps(std::int64_t columns) { return (columns + kStep - 1) / kStep * kStep; }
+
+/// Columns of a strip: the part of a row of the weight that is multiplied with all rows of x before the next part.
+template <class T>
+constexpr std::int64_t strip_columns() {
+  return 2048 / static_cast<std::int64_t>(sizeof(T));
+}
+
+}  // namespace
+}  // namespace persona

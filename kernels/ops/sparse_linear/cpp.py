@@ -1,0 +1,31 @@
+"""The sparse product in C++ (``csrc/sparse_linear``): few rows directly, many by dense products of expanded panels."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ops.masked_linear.cpp import panel_rows
+from kernels.ops.sparse_linear.reference import sparse_linear_reference
+
+MOST_ROWS_DIRECT = 16
+"""Every four rows of x expand the weight again."""
+
+
+def sparse_linear_cpp(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``kernels.ops.sparse_linear``."""
+    if x.dtype == torch.float64:
+        # For checks, not for speed: the kernels add up in float32.
+        return sparse_linear_reference(x, values, bits, offsets, bias)
+    values, bits, offsets = values.contiguous(), bits.contiguous(), offsets.contiguous()
+    y = torch.empty(x.shape[0], bits.shape[0], dtype=x.dtype)
+    if x.shape[0] <= MOST_ROWS_DIRECT:
+        torch.ops.persona_native.sparse_linear(x, values, bits, offsets, bias, y)
+        return y
+    dense = None
+    for panel in panel_rows(bits.shape[0], x.shape[1] * x.element_size()):
+        # The first panel is the largest.
+        count = panel.stop - panel.start
+        dense = torch.empty(count, x.shape[1], dtype=x.dtype) if dense is None else dense[:count]
+        torch.ops.persona_native.expand_rows(values, bits, offsets, panel.start, dense)
+        y[:, panel] = F.linear(x, dense, None if bias is None else bias[panel])
+    return y
