@@ -1,6 +1,5 @@
 """Choose how much each persona's mask removes by what it may cost neutral text."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,7 +20,8 @@ from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 
 NEUTRAL_TEXTS = 64
-"""Neutral pairs that the gradient of neutral text is measured on; the others are for measuring the cost."""
+"""Neutral pairs that the gradient of neutral text is measured on; of the others, ``PROBE_TEXTS`` measure the cost."""
+PROBE_TEXTS = 48
 STEPS, PROBES, CLOSE = 64, 7, 0.85
 """The share removed is found in 64ths of ``--sparsity``, from at most so many measurements; a cost of at least this
 part of the budget ends the search."""
@@ -65,7 +65,6 @@ def largest_within(
     that was tried does.
     """
     low, high, best, step = 0, STEPS + 1, None, STEPS
-    costs: list[tuple[int, float]] = []
     for _ in range(PROBES):
         factor = Decimal(step) / STEPS
         masks = build(factor)
@@ -78,8 +77,8 @@ def largest_within(
             high = step
         if high - low <= 1:
             break
-        costs.append((step, seen))
-        step = _guess(costs[-2:], limit, low, high)
+        # Cost grows about as the 3/2 power of what is removed, but can be negative first: a guess, then halvings.
+        step = (low + high) // 2 if low else max(1, min(round(step * (0.93 * limit / seen) ** (2 / 3)), step - 1))
     if best is None:
         persona = ", ".join(masks.personas)
         raise UserError(
@@ -87,20 +86,6 @@ def largest_within(
             f"by {seen:.1%}; allow more, or lower --sparsity or --pool"
         )
     return best
-
-
-def _guess(costs: list[tuple[int, float]], limit: float, low: int, high: int) -> int:
-    """The next step to try, strictly between ``low`` and ``high``, from the last measurements.
-
-    Cost grows as a power of what is removed: about 3/2, or what the last two measurements say.
-    """
-    (before, less), (step, seen) = costs[0], costs[-1]
-    power = 1.5
-    if before != step and less > 0 and seen > 0:
-        power = min(max(math.log(seen / less) / math.log(step / before), 0.5), 4.0)
-    aim = step * (0.93 * limit / seen) ** (1 / power) if seen > 0 else high
-    margin = max((high - low) / 8, 1)
-    return round(min(max(aim, low + margin), high - margin))
 
 
 def neutral_cost(model: Any, tokenizer: Any, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:
@@ -111,7 +96,8 @@ def neutral_cost(model: Any, tokenizer: Any, config: CalibrateConfig) -> Callabl
     items = neutral_set().split("calibration")
     drawn = set(draw(items, min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS), config.seed))
     prompter = Prompter(tokenizer)
-    texts = [prompter.encode(item.question, item.matching) for item in items if item not in drawn]
+    unseen = draw([item for item in items if item not in drawn], PROBE_TEXTS, config.seed)
+    texts = [prompter.encode(item.question, item.matching) for item in unseen]
     texts = [Encoded(t.ids[: config.max_length], t.answer, t.question) for t in texts if t.answer < config.max_length]
     sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id}
     base = perplexity(model, texts, **sizes)
