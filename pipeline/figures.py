@@ -38,14 +38,14 @@ class Point:
 def separation_plot(points: Sequence[Point], path: Path) -> None:
     """Separation over the change of perplexity; the own masks of one criterion are joined by a line.
 
-    Other conditions are single points. Points without a finite cost are left out.
+    Other conditions are single points. Points without a finite cost or separation are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [point for point in points if math.isfinite(point.ratio)]
+    shown = [point for point in points if math.isfinite(point.ratio) and math.isfinite(point.separation)]
     figure, axis = pyplot.subplots(figsize=(8, 5.4), layout="constrained")
     steep = max((point.ratio for point in shown), default=1) > STEEP
     criteria = list(dict.fromkeys(p.criterion for p in shown if p.condition == "own mask"))
@@ -86,8 +86,8 @@ def _points(
     up = [p.separation for p in points]
     # An interval of few items can miss its point by a rounding error.
     errors = [
-        [max(0.0, p.separation - p.low) if p.low is not None else 0.0 for p in points],
-        [max(0.0, p.high - p.separation) if p.high is not None else 0.0 for p in points],
+        [max(0.0, p.separation - (p.separation if p.low is None else p.low)) for p in points],
+        [max(0.0, (p.separation if p.high is None else p.high) - p.separation) for p in points],
     ]
     axis.errorbar(
         across,

@@ -206,7 +206,23 @@ def test_points_of_known_records(evaluated, tmp_path):
     own = points["own mask"]
     assert (own.separation, own.low, own.high, own.ratio, own.criterion) == (40, 10, 60, 1.5, "wanda")
     assert "opponent mask" not in points
-    assert math.isinf(points["random mask"].ratio)
+    assert math.isnan(points["random mask"].ratio)
+
+
+def test_numbers_that_were_not_finite(evaluated, tmp_path):
+    """Null in the JSON: an AUC without both kinds of statements, a perplexity that overflowed."""
+
+    def empty(content):
+        for entry in (*content["records"], *content["contrasts"]):
+            numbers = [k for k, v in entry.items() if isinstance(v, float)]
+            entry.update(dict.fromkeys(numbers))
+        content["records"][0].pop("n_yes")
+
+    folder = changed(evaluated, tmp_path / "run", empty)
+    assert report.main([str(folder)]) == 0
+    read = check_stands_alone((folder / "report.html").read_text())
+    assert "overflow" in read.text
+    assert "-/-" in read.text
 
 
 def test_several_pairs_become_their_mean(evaluated, tmp_path):
@@ -261,6 +277,12 @@ def test_also_takes_files_and_folders(evaluated, tmp_path):
         (lambda c: c["records"][0].pop("condition"), "entry 1 of its Records lacks one of condition"),
         (lambda c: c["records"][0].update(condition="magic"), "unknown condition 'magic'"),
         (lambda c: c.update(criterion=7), "field 'criterion' is no text"),
+        (lambda c: c.update(records=None), "no list of Records"),
+        (lambda c: c["records"][2].update(margin="<b>"), "entry 3 of its Records: margin is '<b>'"),
+        (lambda c: c["generation"][1].update(answers=7), "entry 2 of generation: 'answers' is missing"),
+        (lambda c: c["generation"][0]["answers"][1].pop("tokens"), "entry 2 of answers: 'tokens' is missing"),
+        (lambda c: c["efficiency"][0].update(disk_bytes=None), "entry 1 of efficiency: 'disk_bytes' is missing"),
+        (lambda c: c.update(options=[1]), "field 'options' is no object"),
     ],
 )
 def test_foreign_files(evaluated, tmp_path, change, message):
