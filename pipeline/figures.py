@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.analysis import Overlap, depth_of, grouped, kind_of
-from pipeline.evaluation import place
+from pipeline.evaluation import CONDITIONS, place
 from pipeline.plots import COLOURS, save_figure
 
 MARKERS = "osD^vPX*<>hp"
@@ -55,9 +55,13 @@ def separation_plot(points: Sequence[Point], path: Path) -> None:
         )
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         _points(axis, own, steep, f"own mask, {criterion}", colour, marker, "-" if len(own) > 1 else "")
-    others = sorted({p.condition for p in shown if p.condition not in ("own mask", "opponent mask")}, key=place)
-    for number, condition in enumerate(others):
-        chosen = [p for p in shown if p.condition == condition]
+    others: dict[str, list[Point]] = {}
+    for point in sorted(shown, key=lambda p: place(p.condition)):
+        # All draws of a random mask are one entry, and so are the masks of other personas.
+        known = CONDITIONS[place(point.condition)[0]]
+        if known not in ("own mask", "opponent mask"):
+            others.setdefault(known, []).append(point)
+    for number, (condition, chosen) in enumerate(others.items()):
         style = PALETTE[(number + len(criteria)) % len(PALETTE)], MARKERS[(number + len(criteria)) % len(MARKERS)]
         _points(axis, chosen, steep, condition, *style, "", hollow=True)
     axis.axhline(0, color="0.6", linewidth=1, linestyle=":")

@@ -246,11 +246,12 @@ def test_one_curve_per_criterion(monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "save_figure", lambda made, path: drawn.append(made))
     points = [Point("x", "a", "own mask", "p", s, s - 5, s + 5, r) for s, r in ((50, 1.2), (20, 1.05), (70, 2.0))]
     points += [Point("y", "b", "own mask", "p", 5, None, None, 1.1), Point("y", "b", "prompt", "p", 2, 0, 4, 1.0)]
-    points += [Point("y", "b", "random mask", "p", 0, None, None, math.inf)]
+    points += [Point("y", "b", "steering vector", "p", 0, None, None, math.inf)]
+    points += [Point("y", "b", c, "p", 0, -1, 1, 1.0) for c in ("random mask 2", "random mask", "other mask: x")]
     separation_plot(points, tmp_path / "p.png")
     (axis,) = drawn[0].axes
     curves = {c.get_label(): c for c in axis.containers}
-    assert set(curves) == {"own mask, a", "own mask, b", "prompt"}
+    assert set(curves) == {"own mask, a", "own mask, b", "prompt", "random mask", "other mask"}
     line = curves["own mask, a"].lines[0]
     assert line.get_xdata() == pytest.approx([5, 20, 100])
     assert list(line.get_ydata()) == [20, 50, 70]
