@@ -11,8 +11,8 @@ from pipeline.options import AnalyseConfig, evaluation_options
 
 DESCRIPTION = (
     "Compare the masks of a run: what the two poles of a pair remove, by layer (the paper's T. 2), how far any two "
-    "personas overlap against chance (T. 13), and how alike the model's inner states are under a pair's two masks, "
-    "block by block (T. 3)."
+    "personas overlap against chance (T. 13), how alike the model's inner states are under a pair's two masks, block "
+    "by block (T. 3), and, with --restore, what of a persona goes when some blocks are left unmasked (T. 7)."
 )
 SCHEMA = "persona-subnetworks/analysis"
 SCHEMA_VERSION = 1
@@ -23,7 +23,7 @@ WIDE = 10
 def analyse(config: AnalyseConfig) -> dict[str, Any]:
     """Compare the masks; prints tables, writes plot and JSON, whose content it returns. Raises UserError."""
     from pipeline.analysis import overlaps, related
-    from pipeline.comparing import entry, pool_of, print_pair, print_related, print_similarity
+    from pipeline.comparing import entry, pool_of, print_pair, print_related, print_restored, print_similarity
     from pipeline.figures import analysis_plot
     from pipeline.results import finite, heading, write_results, writing
     from pipeline.store import load_manifest, load_masks
@@ -37,9 +37,11 @@ def analyse(config: AnalyseConfig) -> dict[str, Any]:
         print_pair(*pair, found)
     others = related(masks, opponents)
     print_related(others, masks.personas if len(masks.personas) <= WIDE else (), pool_of(manifest))
-    states = _similarity(config, pairs) if config.questions else {}
+    states, restored = _inside(config, manifest, pairs) if config.questions or config.restore else ({}, {})
     for pair, rows in states.items():
         print_similarity(*pair, rows)
+    for pair, found in restored.items():
+        print_restored(*pair, found)
     assert config.json is not None
     assert config.plot is not None
     with writing(config.plot):
@@ -60,6 +62,11 @@ def analyse(config: AnalyseConfig) -> dict[str, Any]:
             {"a": a, "b": b, "between": between} | finite(dataclasses.asdict(row))
             for (a, b), found in states.items()
             for between, rows in found.items()
+            for row in rows
+        ],
+        "restored": [
+            {"a": a, "b": b, "part": row.part} | finite({"lost": row.lost} | dataclasses.asdict(row.contrast))
+            for (a, b), rows in restored.items()
             for row in rows
         ],
     }
@@ -83,36 +90,49 @@ def _pairs(manifest: dict[str, Any], config: AnalyseConfig) -> list[tuple[str, s
     return pairs
 
 
-def _similarity(config: AnalyseConfig, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """By pair: the two masks against each other, and each against the unmasked model."""
+def _inside(
+    config: AnalyseConfig, manifest: dict[str, Any], pairs: Sequence[tuple[str, str]]
+) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, str], Any]]:
+    """What needs the model, by pair: similarity of inner states, and the contrasts with parts restored."""
     from rich.console import Console
     from rich.progress import track
 
     from pipeline.data.module import draw
     from pipeline.heldout import held_out
+    from pipeline.restoring import restoring
     from pipeline.setting import ground_of
+
+    sets = [one for one in held_out(manifest, config.data, False, note) if (one.plus, one.minus) in pairs]
+    ground = ground_of(evaluation_options(config))
+    states, restored = {}, {}
+    for one in track(sets, "looking inside", console=Console(stderr=True)):
+        pair = one.plus, str(one.minus)
+        if config.questions:
+            states[pair] = _similarity(ground, one, config)
+        if config.restore:
+            few = dataclasses.replace(one, items=tuple(draw(one.items, config.samples, config.seed)))
+            restored[pair] = list(restoring(ground, few, config.restore))
+    return states, restored
+
+
+def _similarity(ground: Any, pair: Any, config: AnalyseConfig) -> dict[str, Any]:
+    """A pair's two masks against each other, and each against the unmasked model."""
+    from pipeline.data.module import draw
     from pipeline.similarity import last_states, similarities
-    from pipeline.store import load_manifest
     from pipeline.textual import chosen_items
 
-    sets = held_out(load_manifest(config.run), config.data, False, note)
-    ground = ground_of(evaluation_options(config))
-    found = {}
-    chosen = [one for one in sets if (one.plus, one.minus) in pairs]
-    for one in track(chosen, "comparing", console=Console(stderr=True)):
-        asked = draw(chosen_items(one, len(one.items)), config.questions, config.seed)
-        prompts = ground.limits.cut([ground.prompter.encode(item.question, "") for item in asked])
-        states = {}
-        for name in (None, one.plus, one.minus):
-            with ground.model.using(name, config.gamma if name else 0.0):
-                options = {"batch_tokens": ground.limits.batch_tokens, "pad": ground.limits.pad}
-                states[name] = last_states(ground.model.model, prompts, **options)
-        found[one.plus, str(one.minus)] = {
-            "masks": similarities(states[one.plus], states[one.minus]),
-            "unmasked and a": similarities(states[None], states[one.plus]),
-            "unmasked and b": similarities(states[None], states[one.minus]),
-        }
-    return found
+    asked = draw(chosen_items(pair, len(pair.items)), config.questions, config.seed)
+    prompts = ground.limits.cut([ground.prompter.encode(item.question, "") for item in asked])
+    states = {}
+    for name in (None, pair.plus, pair.minus):
+        with ground.model.using(name, config.gamma if name else 0.0):
+            options = {"batch_tokens": ground.limits.batch_tokens, "pad": ground.limits.pad}
+            states[name] = last_states(ground.model.model, prompts, **options)
+    return {
+        "masks": similarities(states[pair.plus], states[pair.minus]),
+        "unmasked and a": similarities(states[None], states[pair.plus]),
+        "unmasked and b": similarities(states[None], states[pair.minus]),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -96,7 +96,7 @@ class RoleRecord:
     own_line_change: float
     chosen: dict[str, float]
     removed: float
-    perplexity: float | None
+    perplexity: float
 
 
 def role_record(
@@ -107,7 +107,7 @@ def role_record(
     *,
     guess: float,
     removed: float,
-    perplexity: float | None,
+    perplexity: float,
     resamples: int,
     seed: int,
 ) -> RoleRecord:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from pipeline.analysis import Overlap, Related, grouped, kind_of
 from pipeline.config import FIRST_ORDER
+from pipeline.restoring import WHOLE, Restored
 from pipeline.similarity import Similarity
 
 LINES = 10
@@ -82,6 +83,21 @@ def print_similarity(a: str, b: str, rows: Mapping[str, Sequence[Similarity]]) -
         cka = "-" if math.isnan(both.cka) else f"{both.cka:.3f}"
         cells = (f"{both.cosine:.3f}", f"{both.distance:.3f}", cka, f"{first.cosine:.3f}", f"{second.cosine:.3f}")
         table.add_row(str(both.layer), *cells)
+    _print(table)
+
+
+def print_restored(a: str, b: str, rows: Sequence[Restored]) -> None:
+    """The pair's separation with parts of the model left unmasked, on stdout."""
+    n = "separation [95 %]", "shift between poles [95 %]", "shift lost"
+    table = _table(f"{a} and {b}: what goes when layers are left unmasked", ("unmasked", *n))
+    for row in rows:
+        c = row.contrast
+        table.add_row(
+            row.part,
+            f"{c.separation:+.0f} [{c.separation_low:+.0f}, {c.separation_high:+.0f}]",
+            f"{c.shift:+.1f} [{c.shift_low:+.1f}, {c.shift_high:+.1f}]",
+            "" if row.part == WHOLE or math.isnan(row.lost) else f"{row.lost:.0%}",
+        )
     _print(table)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.analysis import Overlap, depth_of, grouped, kind_of
-from pipeline.evaluation import place
+from pipeline.evaluation import CONDITIONS, place
 from pipeline.plots import COLOURS, save_figure
 
 MARKERS = "osD^vPX*<>hp"
@@ -38,14 +38,14 @@ class Point:
 def separation_plot(points: Sequence[Point], path: Path) -> None:
     """Separation over the change of perplexity; the own masks of one criterion are joined by a line.
 
-    Other conditions are single points. Points without a finite cost are left out.
+    Other conditions are single points. Points without a finite cost or separation are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [point for point in points if math.isfinite(point.ratio)]
+    shown = [point for point in points if math.isfinite(point.ratio) and math.isfinite(point.separation)]
     figure, axis = pyplot.subplots(figsize=(8, 5.4), layout="constrained")
     steep = max((point.ratio for point in shown), default=1) > STEEP
     criteria = list(dict.fromkeys(p.criterion for p in shown if p.condition == "own mask"))
@@ -55,9 +55,13 @@ def separation_plot(points: Sequence[Point], path: Path) -> None:
         )
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         _points(axis, own, steep, f"own mask, {criterion}", colour, marker, "-" if len(own) > 1 else "")
-    others = sorted({p.condition for p in shown if p.condition not in ("own mask", "opponent mask")}, key=place)
-    for number, condition in enumerate(others):
-        chosen = [p for p in shown if p.condition == condition]
+    others: dict[str, list[Point]] = {}
+    for point in sorted(shown, key=lambda p: place(p.condition)):
+        # All draws of a random mask are one entry, and so are the masks of other personas.
+        known = CONDITIONS[place(point.condition)[0]]
+        if known not in ("own mask", "opponent mask"):
+            others.setdefault(known, []).append(point)
+    for number, (condition, chosen) in enumerate(others.items()):
         style = PALETTE[(number + len(criteria)) % len(PALETTE)], MARKERS[(number + len(criteria)) % len(MARKERS)]
         _points(axis, chosen, steep, condition, *style, "", hollow=True)
     axis.axhline(0, color="0.6", linewidth=1, linestyle=":")
@@ -86,8 +90,8 @@ def _points(
     up = [p.separation for p in points]
     # An interval of few items can miss its point by a rounding error.
     errors = [
-        [max(0.0, p.separation - p.low) if p.low is not None else 0.0 for p in points],
-        [max(0.0, p.high - p.separation) if p.high is not None else 0.0 for p in points],
+        [max(0.0, p.separation - (p.separation if p.low is None else p.low)) for p in points],
+        [max(0.0, (p.separation if p.high is None else p.high) - p.separation) for p in points],
     ]
     axis.errorbar(
         across,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from pipeline.store import MANIFEST, load_manifest
 from pipeline.tables import by_pair
 
 R = TypeVar("R")
+BYTES = ("memory_bytes", "working_bytes", "disk_bytes")
 KEYS = ("condition", "persona", "pair", "form", "n")
 """What a record must say; numbers may be missing (null) where they are not finite."""
 
@@ -109,8 +110,17 @@ def read_evaluation(path: Path) -> Evaluation:
     for key in ("criterion", "sparsity", "model", "date"):
         if not isinstance(content.get(key), str):
             raise UserError(f"{path}: field {key!r} is no text")
+    if not isinstance(content.get("options", {}), dict):
+        raise UserError(f"{path}: field 'options' is no object")
+    numbers = ("prompt_tokens", "first_token_seconds", "tokens_per_second", *BYTES)
+    _check_entries(content, "efficiency", path, {"condition": str} | dict.fromkeys(numbers, int | float))
+    _check_entries(content, "answers", path, {"question": str, "answer": str})
+    _check_entries(content, "generation", path, {"pair": str, "condition": str, "answers": list})
+    for entry in content.get("generation", []):
+        kinds = {"question": str, "answer": str, "tokens": int, "repetition": int | float}
+        _check_entries(entry, "answers", path, kinds)
     records = _built(Record, content.get("records"), path, KEYS)
-    contrasts = _built(Contrast, content.get("contrasts"), path, ("pair", "condition", "form", "separation"))
+    contrasts = _built(Contrast, content.get("contrasts"), path, ("pair", "condition", "form"))
     try:
         for record in records:
             place(record.condition)
@@ -120,14 +130,34 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _built(kind: type[R], entries: Any, path: Path, needed: Sequence[str]) -> list[R]:
-    """Dataclasses from JSON objects; fields that a later version added are passed over, null is NaN for a number."""
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    """Dataclasses from JSON objects; fields that a later version added are passed over.
+
+    A number that is null (it was not finite) or missing (an earlier version) is NaN. Raises UserError.
+    """
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: no list of {kind.__name__}s")
     built = []
-    for number, entry in enumerate(entries if isinstance(entries, list) else [], 1):
+    for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or any(entry.get(name) is None for name in needed):
             raise UserError(f"{path}: entry {number} of its {kind.__name__}s lacks one of {', '.join(needed)}")
-        built.append(kind(**{name: entry.get(name) for name in names}))
+        values = {}
+        for one in dataclasses.fields(kind):  # type: ignore[arg-type]
+            value = entry.get(one.name)
+            wanted = (int, float) if one.type in (int, float) else (str,) if one.type is str else (object,)
+            if value is not None and not isinstance(value, wanted):
+                raise UserError(f"{path}: entry {number} of its {kind.__name__}s: {one.name} is {value!r:.60}")
+            values[one.name] = math.nan if value is None and one.type is float else value
+        built.append(kind(**values))
     return built
+
+
+def _check_entries(content: dict[str, Any], name: str, path: Path, kinds: Mapping[str, Any]) -> None:
+    """Raise UserError unless a field is missing or a list of objects with members of these kinds."""
+    entries = content.get(name, [])
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        for key, kind in kinds.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise UserError(f"{path}: entry {number} of {name}: {key!r} is missing or of another kind")
 
 
 def points_of(evaluation: Evaluation) -> list[Point]:
@@ -143,7 +173,7 @@ def points_of(evaluation: Evaluation) -> list[Point]:
         seen.add(pair)
         costs: dict[str, list[float]] = {}
         for record in group:
-            costs.setdefault(record.condition, []).append(_cost(record))
+            costs.setdefault(record.condition, []).append(record.perplexity)
         base = min(costs.get("unmasked", [math.nan]))
         for c in evaluation.contrasts:
             if (c.pair, c.form) == (pair, form) and c.condition in costs and c.condition != "opponent mask":
@@ -162,8 +192,3 @@ def _mean(points: Sequence[Point]) -> Point:
     separation, ratio = (sum(getattr(p, name) for p in points) / len(points) for name in ("separation", "ratio"))
     first = points[0]
     return Point(first.source, first.criterion, first.condition, "", separation, None, None, ratio)
-
-
-def _cost(record: Record) -> float:
-    # A perplexity that overflowed is null in the JSON.
-    return math.inf if record.perplexity is None else record.perplexity

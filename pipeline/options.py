@@ -137,8 +137,13 @@ class AnalyseConfig:
     questions: int = 32
     """Held-out questions of every pair on which inner states are compared; 0 compares the masks only, without a
     model."""
+    restore: int = 0
+    """Also measure the separation of every pair with so many runs of blocks left unmasked, one after another, and with
+    all attention or all MLP layers so; 0 does not."""
+    samples: int = 24
+    """--restore: at most so many held-out items per pair, drawn with the seed; 0 takes all."""
     data: str = ""
-    """Where the questions come from, as for pipeline.evaluate."""
+    """Where questions and items come from, as for pipeline.evaluate."""
     model: str = ""
     """Model to load instead of the one in the manifest (it must have the same weights)."""
     precision: str = "float32"
@@ -151,15 +156,19 @@ class AnalyseConfig:
     """Longest sequence in tokens."""
     batch_tokens: int = 2048
     """Tokens of a padded batch."""
+    bootstrap: int = 2000
+    """Resamples for the 95 % intervals."""
     json: Path | None = None
     """Write the numbers here (schema in docs/analyse.md); default RUN/analysis.json."""
     plot: Path | None = None
     """PNG; default RUN/analysis.png."""
     seed: int = 0
-    """Seed of the draw of questions."""
+    """Seed of the draws and the bootstrap."""
 
     def __post_init__(self) -> None:
         self.run = Path(self.run)
         self.json = Path(self.json) if self.json else self.run / "analysis.json"
         self.plot = Path(self.plot) if self.plot else self.run / "analysis.png"
         evaluation_options(self)
+        if self.restore < 0:
+            raise UserError(f"--restore must be a number of at least 0, got {self.restore}")

@@ -157,6 +157,8 @@ def print_records(records: Sequence[Any], criterion: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pipeline.tables import cost
+
     console = Console(width=max(Console().width, 120))
     for name in dict.fromkeys(record.persona for record in records):
         group = [record for record in records if record.persona == name]
@@ -181,7 +183,7 @@ def print_records(records: Sequence[Any], criterion: str) -> None:
                 "" if plain else f"{100 * r.gain:+.0f} [{100 * r.gain_low:+.0f}, {100 * r.gain_high:+.0f}]",
                 "" if plain else f"{r.raised:.0%} [{r.raised_low:.0%}, {r.raised_high:.0%}]",
                 "" if plain else f"{r.own_line_change:+.2f}",
-                f"{r.perplexity:.1f}" if r.perplexity < 1e4 else f"{r.perplexity:.0e}",
+                cost(r.perplexity),
             )
         console.print(table)
 

@@ -92,7 +92,7 @@ def _condition(
         interval(contrast.separation, contrast.separation_low, contrast.separation_high, 0) if contrast else "",
         interval(contrast.shift, contrast.shift_low, contrast.shift_high, 1) if contrast else "",
         "" if plain else "/".join(number(r.own_answer, unmasked.get(r.persona), 2) for r in both),
-        "/".join(dict.fromkeys("overflow" if r.perplexity is None else cost(r.perplexity) for r in both)),
+        "/".join(dict.fromkeys(perplexity(r.perplexity) for r in both)),
     ]
 
 
@@ -100,14 +100,21 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.0f}"
 
 
-def number(value: float | None, base: float | None, digits: int) -> str:
-    """``value`` minus ``base`` with its sign, "-" where one of them is missing."""
-    return "-" if value is None or base is None else f"{value - base:+.{digits}f}"
+def perplexity(value: float) -> str:
+    """A perplexity, "overflow" for one that was not finite."""
+    return "overflow" if math.isnan(value) else cost(value)
 
 
-def interval(value: float, low: float | None, high: float | None, digits: int) -> str:
-    """A value with its interval, where that was finite."""
-    ends = "" if low is None or high is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+def number(value: float, base: float | None, digits: int) -> str:
+    """``value`` minus ``base`` with its sign, "-" where one of them is unknown."""
+    return "-" if base is None or math.isnan(value - base) else f"{value - base:+.{digits}f}"
+
+
+def interval(value: float, low: float, high: float, digits: int) -> str:
+    """A value with its interval, as far as they are known."""
+    if math.isnan(value):
+        return "-"
+    ends = "" if math.isnan(low + high) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{value:+.{digits}f}{ends}"
 
 

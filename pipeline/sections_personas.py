@@ -7,8 +7,7 @@ from pipeline.analysis import Overlap, grouped, kind_of
 from pipeline.data.catalogue import DICHOTOMIES
 from pipeline.gathered import Gathered
 from pipeline.page import Html, details, join, paragraph, table
-from pipeline.sections import interval
-from pipeline.tables import cost
+from pipeline.sections import interval, perplexity
 
 
 def roleplay(found: Gathered) -> Html:
@@ -27,7 +26,7 @@ def roleplay(found: Gathered) -> Html:
                     "" if plain else interval(100 * r.gain, 100 * r.gain_low, 100 * r.gain_high, 0),
                     "" if plain else f"{r.raised:.0%} [{r.raised_low:.0%}, {r.raised_high:.0%}]",
                     "" if plain else f"{r.own_line_change:+.2f}",
-                    "overflow" if r.perplexity is None else cost(r.perplexity),
+                    perplexity(r.perplexity),
                 ]
             )
         header = (

@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 
-from pipeline import analyse
+from pipeline import analyse, evaluate
 from pipeline.analysis import related
 from pipeline.data.prompts import Prompter
 from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
+from pipeline.restoring import parts_of, restored
 from pipeline.similarity import last_states, linear_cka, similarities
+from pipeline.store import load_masks
 
 
 def test_similarity_of_known_states():
@@ -113,3 +115,42 @@ def test_what_cannot_be_compared(finished, capsys):
     assert "no pair begins with left; known are up" in capsys.readouterr().err
     assert analyse.main([str(finished)]) == 2
     assert "no held-out items are shipped for these personas (up, down)" in capsys.readouterr().err
+
+
+def test_parts_cover_every_block_once():
+    layers = [f"model.layers.{n}.{kind}" for n in range(7) for kind in ("self_attn.q", "mlp.up", "mlp.down")]
+    parts = parts_of([*layers, "adapter"], 3)
+    assert list(parts) == ["blocks 0 to 2", "blocks 3 to 5", "block 6", "all self_attn", "all mlp"]
+    assert sorted(layer for name in list(parts)[:3] for layer in parts[name]) == sorted(layers)
+    assert parts["all self_attn"] == layers[::3]
+    assert list(parts_of(["h.0.up", "h.1.up"], 9)) == ["block 0", "block 1"]
+
+
+def test_restored_layers_are_whole_and_the_others_untouched(finished):
+    masks = load_masks(finished)
+    chosen = [name for name in masks.shapes if ".0." in name]
+    made = restored(masks, "up", chosen, "new")
+    for layer in masks.shapes:
+        expected = torch.ones(masks.shapes[layer], dtype=torch.bool) if layer in chosen else masks.mask("up", layer)
+        assert torch.equal(made.mask("new", layer), expected)
+
+
+def test_restoring_through_the_program(finished, held, tmp_path, capsys):
+    options = ["--data", str(held), "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "p.png")]
+    assert analyse.main([str(finished), *options, "--questions", "0", "--restore", "1", "--bootstrap", "20"]) == 0
+    content = json.loads((tmp_path / "a.json").read_text())
+    rows = {row["part"]: row for row in content["restored"]}
+    assert list(rows) == ["nothing", "blocks 0 to 1", "all self_attn", "all mlp"]
+    # With every block restored both states are the unmasked model.
+    assert (rows["blocks 0 to 1"]["shift"], rows["blocks 0 to 1"]["lost"]) == (0, 1)
+    assert rows["nothing"]["lost"] == 0
+    # Against the own masks of an evaluation on the same items.
+    words = ["--data", str(held), "--texts", "1", "--conditions", "mask", "--questions", "0", "--bootstrap", "20"]
+    file = tmp_path / "e.json"
+    assert evaluate.main([str(finished), *words, "--json", str(file), "--plot", str(tmp_path / "e.png")]) == 0
+    own = next(c for c in json.loads(file.read_text())["contrasts"] if c["condition"] == "own mask")
+    assert rows["nothing"]["shift"] == pytest.approx(own["shift"])
+    assert rows["nothing"]["separation"] == own["separation"]
+    half = rows["all mlp"]["shift"]
+    assert rows["all mlp"]["lost"] == pytest.approx(1 - half / own["shift"])
+    assert "what goes when layers are left unmasked" in capsys.readouterr().out

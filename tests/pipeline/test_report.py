@@ -206,7 +206,23 @@ def test_points_of_known_records(evaluated, tmp_path):
     own = points["own mask"]
     assert (own.separation, own.low, own.high, own.ratio, own.criterion) == (40, 10, 60, 1.5, "wanda")
     assert "opponent mask" not in points
-    assert math.isinf(points["random mask"].ratio)
+    assert math.isnan(points["random mask"].ratio)
+
+
+def test_numbers_that_were_not_finite(evaluated, tmp_path):
+    """Null in the JSON: an AUC without both kinds of statements, a perplexity that overflowed."""
+
+    def empty(content):
+        for entry in (*content["records"], *content["contrasts"]):
+            numbers = [k for k, v in entry.items() if isinstance(v, float)]
+            entry.update(dict.fromkeys(numbers))
+        content["records"][0].pop("n_yes")
+
+    folder = changed(evaluated, tmp_path / "run", empty)
+    assert report.main([str(folder)]) == 0
+    read = check_stands_alone((folder / "report.html").read_text())
+    assert "overflow" in read.text
+    assert "-/-" in read.text
 
 
 def test_several_pairs_become_their_mean(evaluated, tmp_path):
@@ -230,11 +246,12 @@ def test_one_curve_per_criterion(monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "save_figure", lambda made, path: drawn.append(made))
     points = [Point("x", "a", "own mask", "p", s, s - 5, s + 5, r) for s, r in ((50, 1.2), (20, 1.05), (70, 2.0))]
     points += [Point("y", "b", "own mask", "p", 5, None, None, 1.1), Point("y", "b", "prompt", "p", 2, 0, 4, 1.0)]
-    points += [Point("y", "b", "random mask", "p", 0, None, None, math.inf)]
+    points += [Point("y", "b", "steering vector", "p", 0, None, None, math.inf)]
+    points += [Point("y", "b", c, "p", 0, -1, 1, 1.0) for c in ("random mask 2", "random mask", "other mask: x")]
     separation_plot(points, tmp_path / "p.png")
     (axis,) = drawn[0].axes
     curves = {c.get_label(): c for c in axis.containers}
-    assert set(curves) == {"own mask, a", "own mask, b", "prompt"}
+    assert set(curves) == {"own mask, a", "own mask, b", "prompt", "random mask", "other mask"}
     line = curves["own mask, a"].lines[0]
     assert line.get_xdata() == pytest.approx([5, 20, 100])
     assert list(line.get_ydata()) == [20, 50, 70]
@@ -261,6 +278,12 @@ def test_also_takes_files_and_folders(evaluated, tmp_path):
         (lambda c: c["records"][0].pop("condition"), "entry 1 of its Records lacks one of condition"),
         (lambda c: c["records"][0].update(condition="magic"), "unknown condition 'magic'"),
         (lambda c: c.update(criterion=7), "field 'criterion' is no text"),
+        (lambda c: c.update(records=None), "no list of Records"),
+        (lambda c: c["records"][2].update(margin="<b>"), "entry 3 of its Records: margin is '<b>'"),
+        (lambda c: c["generation"][1].update(answers=7), "entry 2 of generation: 'answers' is missing"),
+        (lambda c: c["generation"][0]["answers"][1].pop("tokens"), "entry 2 of answers: 'tokens' is missing"),
+        (lambda c: c["efficiency"][0].update(disk_bytes=None), "entry 1 of efficiency: 'disk_bytes' is missing"),
+        (lambda c: c.update(options=[1]), "field 'options' is no object"),
     ],
 )
 def test_foreign_files(evaluated, tmp_path, change, message):
