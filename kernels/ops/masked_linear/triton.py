@@ -34,7 +34,9 @@ def _gated(
     bits = tl.load(bits_ptr + offsets, read, 0xFF).to(tl.int32)
     kept = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1 != 0
     weight = weight.to(tl.float32)
-    return tl.where(kept, weight, weight * gamma).to(KIND)
+    # A product with a gamma of 0 would let infinity and NaN through.
+    removed = tl.where(gamma == 0, 0.0, weight * gamma)
+    return tl.where(kept, weight, removed).to(KIND)
 
 
 @triton.jit

@@ -33,6 +33,15 @@ def test_nan_stays_in_its_row(kernel):
     assert not after[others].isnan().any()
 
 
+def test_removed_weights_that_are_not_finite_do_no_harm(kernel):
+    x, weight, masks, persona, _, bias = problem((19, 5, 37, 2), "uniform", 0.0, True, torch.float32)
+    masks[:, 3, 4], masks[:, 1, 36] = False, False
+    expected = call(x, weight, masks, persona, 0.0, bias)
+    weight[3, 4], weight[1, 36] = torch.nan, torch.inf
+    assert torch.equal(call(x, weight, masks, persona, 0.0, bias), expected)
+    assert not call(x, weight, masks, persona, 0.5, bias)[:, [1, 3]].isfinite().any()
+
+
 def test_absent_persona_fills_its_row_with_nan(kernel, monkeypatch):
     # As on a GPU, where nobody waits for the values to check them.
     monkeypatch.setattr(linear, "check_personas", lambda persona, count: None)
