@@ -11,6 +11,7 @@ import lightning
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pipeline.cli import note
@@ -157,7 +158,8 @@ def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool
             use_distributed_sampler=False,
             inference_mode=not gradients,
         )
-    except (ValueError, TypeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        # ImportError: an accelerator whose library is not there.
         raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
     try:
         trainer.predict(module, datamodule=data, return_predictions=False)

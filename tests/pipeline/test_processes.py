@@ -48,6 +48,8 @@ def test_an_encoder_in_a_forked_process(words, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
 def test_devices_that_the_machine_lacks(words, tmp_path, capsys):
+    assert main(words(tmp_path / "out", "--accelerator", "tpu")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --devices/--accelerator")
     assert main(words(tmp_path / "out", "--accelerator", "gpu", "--devices", "7")) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --devices/--accelerator")
     assert list(tmp_path.iterdir()) == []
