@@ -209,6 +209,20 @@ def test_points_of_known_records(evaluated, tmp_path):
     assert math.isnan(points["random mask"].ratio)
 
 
+def test_statements_are_shown_by_their_auc(evaluated, tmp_path):
+    def state(content):
+        for r in content["records"]:
+            r |= {"form": "statement", "auc": 0.875 if r["persona"] == "up" else 0.125, "score_normalised": 0.5}
+        for c in content["contrasts"]:
+            c["form"] = "statement"
+
+    folder = changed(evaluated, tmp_path / "run", state)
+    assert report.main([str(folder), "--no-layers"]) == 0
+    read = check_stands_alone((folder / "report.html").read_text())
+    assert "AUC, %" in read.text
+    assert "88/12" in read.text
+
+
 def test_numbers_that_were_not_finite(evaluated, tmp_path):
     """Null in the JSON: an AUC without both kinds of statements, a perplexity that overflowed."""
 
