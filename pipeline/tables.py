@@ -117,7 +117,7 @@ def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[
 
     return (
         plus.condition,
-        f"{100 * plus.removed:.1f} %" if plus.removed else "",
+        _removed(plus.removed, minus.removed),
         both(lambda r: r.score_sum),
         both(score),
         _interval(contrast.separation, contrast.separation_low, contrast.separation_high, 0) if contrast else "",
@@ -129,6 +129,11 @@ def _row(plus: Record, minus: Record, contrast: Contrast | None, unmasked: dict[
         if plus.perplexity == minus.perplexity
         else f"{cost(plus.perplexity)}/{cost(minus.perplexity)}",
     )
+
+
+def _removed(plus: float, minus: float) -> str:
+    shares = [f"{100 * share:.1f}" for share in (plus, minus)]
+    return f"{'/'.join(dict.fromkeys(shares))} %" if plus or minus else ""
 
 
 def _interval(value: float, low: float, high: float, digits: int) -> str:

@@ -330,3 +330,14 @@ def test_chat_with_a_template_that_knows_no_system_role(finished, monkeypatch, c
     code, out, _ = talk(finished, monkeypatch, capsys, "Hello", options=("--system", "Be kind."))
     assert code == 0
     assert "unmasked: " in out
+
+
+def test_removed_shares_of_both_poles():
+    from pipeline.tables import _removed
+
+    assert [_removed(*shares) for shares in ((0, 0), (0.02, 0.02), (0.0312, 0.007), (0, 0.01))] == [
+        "",
+        "2.0 %",
+        "3.1/0.7 %",
+        "0.0/1.0 %",
+    ]
