@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from typing import Any
 
 from pipeline.building import build_masks
@@ -15,7 +14,6 @@ from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
 from pipeline.likelihood import perplexity
-from pipeline.loading import load_tokenizer
 from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 
@@ -37,23 +35,19 @@ class Fitted:
 
 
 def fit(
-    model: Any, stats: Any, catalogue: Any, config: CalibrateConfig, gradients: Any
-) -> tuple[PersonaMasks, dict[str, dict[str, float]]]:
-    """Every persona's masks within the budget; and, for the manifest, their ``factor`` and ``perplexity_increase``."""
-    increase = neutral_cost(model, load_tokenizer(config.model), config)
-    found = {}
-    for persona in catalogue.personas:
-        build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona)
-        one = found[persona] = largest_within(
-            lambda factor, build=build: build(factor=factor)[0],  # type: ignore[misc]
-            increase,
-            config.budget,
-        )
-        note(f"{persona}: {one.factor} of the sparsity, perplexity of neutral answers {one.increase:+.1%}")
-    return reduce(or_, (one.masks for one in found.values())), {
-        "factor": {persona: float(one.factor) for persona, one in found.items()},
-        "perplexity_increase": {persona: one.increase for persona, one in found.items()},
-    }
+    persona: str,
+    model: Any,
+    stats: Any,
+    catalogue: Any,
+    config: CalibrateConfig,
+    gradients: Any,
+    increase: Callable[[PersonaMasks], float],
+) -> Fitted:
+    """One persona's masks within the budget; ``increase`` is ``neutral_cost``."""
+    build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona)
+    one = largest_within(lambda factor: build(factor=factor), increase, config.budget)
+    note(f"{persona}: {one.factor} of the sparsity, perplexity of neutral answers {one.increase:+.1%}")
+    return one
 
 
 def largest_within(

@@ -1,5 +1,6 @@
 """Score every layer for every persona and select its weights."""
 
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any
 
@@ -26,12 +27,12 @@ def build_masks(
     gradients: Gradients | None = None,
     *,
     only: str | None = None,
+    layers: Collection[str] = (),
     factor: Decimal = Decimal(1),
-) -> tuple[PersonaMasks, dict[str, float]]:
+) -> PersonaMasks:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
-    ``factor`` scales ``--sparsity``. Also returns, for ``--disjoint``, the share of a second pole's kept weights
-    that overlap with the first's.
+    Of all layers, or of some. ``factor`` scales ``--sparsity``.
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -42,7 +43,7 @@ def build_masks(
     shapes: dict[str, tuple[int, int]] = {}
     bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in personas}
     for name, module in linears.items():
-        if name not in where:
+        if name not in where or (layers and name not in layers):
             continue
         weight = matrix(module)
         if widths[where[name]] != weight.shape[1]:
@@ -72,10 +73,20 @@ def build_masks(
                 config.evidence,
             )
             bits[persona][name] = criterion(layer)
-    if not shapes:
+    return PersonaMasks(shapes, bits)
+
+
+def shapes_of(model: Any, stats: ActivationStats, config: CalibrateConfig) -> dict[str, tuple[int, int]]:
+    """Every layer that gets masks, with its ``[N, K]``."""
+    measured = {linear for site in stats.sites for linear in site.linears}
+    found = {
+        name: (matrix(module).shape[0], matrix(module).shape[1])
+        for name, module in find_linears(model, config.include, config.exclude).items()
+        if name in measured
+    }
+    if not found:
         raise UserError("the statistics are of another model: no layer of this one is in them")
-    masks = PersonaMasks(shapes, bits)
-    return masks, _overlaps(masks, catalogue) if config.disjoint else {}
+    return found
 
 
 def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device) -> Slopes:
@@ -83,13 +94,14 @@ def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device)
 
 
 def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:
-    """The measured personas and the compositions (types, mixtures) side by side."""
-    if not catalogue.compositions:
+    """The measured personas and the compositions (types, mixtures) side by side; as they are if they are already."""
+    if all(c.name in stats.personas for c in catalogue.compositions):
         return stats
     return stats.concatenate(stats.compose({c.name: c.parts for c in catalogue.compositions}))
 
 
-def _overlaps(masks: PersonaMasks, catalogue: Catalogue) -> dict[str, float]:
+def overlaps_of(masks: PersonaMasks, catalogue: Catalogue) -> dict[str, float]:
+    """For ``--disjoint``: the share of a second pole's kept weights that overlap with the first's."""
     overlaps = {}
     for index, persona in enumerate(masks.personas):
         opponent = catalogue.opponents.get(persona)

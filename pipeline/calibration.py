@@ -2,116 +2,140 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.cli import note
 from pipeline.collector import Collector
 from pipeline.config import CalibrateConfig, parse_devices
 from pipeline.data.module import Batch
 from pipeline.errors import UserError
 from pipeline.loading import load_model
+from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.ranks import Ranks
+from pipeline.signals import told, unbroken
 from pipeline.sites import check_causal, expert_parameters, find_linears, find_sites
-from pipeline.stats import ActivationStats
+from pipeline.state import check_files
 from pipeline.store import save_statistics
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
-FAILURE = "failure.txt"
-"""What went wrong in a pass, for the process that started it."""
+class Stage(lightning.LightningModule):
+    """One pass on every rank, as ``run_pass`` runs it. ``folder`` is the run's staging folder."""
 
-
-class StatisticsModule(lightning.LightningModule):
-    """Measures the activation statistics of every persona in one forward-only pass.
-
-    ``predict_step`` adds a batch to this rank's sums; at the end they are summed over the ranks in
-    float64 and rank 0 writes them to ``target``.
-
-    What the user can mend (a UserError) does not leave a process of several as an exception: the others would be
-    killed in the middle of theirs, with tracebacks before the message. The rank notes it, measures no further, and
-    all ranks leave together; ``raise_failure`` is for the caller. The file ``FAILURE`` beside ``target`` carries it out
-    of forked processes, which take their attributes with them.
-    """
-
-    def __init__(self, config: CalibrateConfig, personas: tuple[str, ...], target: Path) -> None:
+    def __init__(self, config: CalibrateConfig, folder: Path) -> None:
         super().__init__()
-        self.config, self.personas, self.target = config, personas, target
+        self.config, self.folder = config, folder
         self.model: Any = None
-        self.collector: Collector | None = None
         self.tokens_done = 0
-        self.failure: str | None = None
+        self.skipped = False
+
+    def is_done(self) -> bool:
+        """Did an earlier process finish this stage?"""
+        return False
 
     def configure_model(self) -> None:
         # Here and not in the constructor: the processes of a forked run must each load the model.
-        if self.model is None:
-            dtype = DTYPES.get(self.config.precision, torch.float32)
-            self.model = load_model(self.config.model, dtype)
+        if self.model is None and not self.skipped:
+            # Ranks that start by themselves must agree, whenever each of them looks.
+            self.skipped = self.trainer.strategy.broadcast(self.is_done())
+            if not self.skipped:
+                self.load()
+                check_files(self.folder)
+
+    def load(self) -> None:
+        """Load the model as the options say."""
+        self.model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
+
+
+class StatisticsModule(Stage):
+    """Measures the activation statistics of every persona in one forward-only pass.
+
+    ``predict_step`` adds a batch to this rank's sums, which a checkpoint keeps; at the end they are summed over the
+    ranks in float64 and rank 0 writes them to ``target``.
+    """
+
+    def __init__(self, config: CalibrateConfig, personas: tuple[str, ...], target: Path) -> None:
+        super().__init__(config, target.parent)
+        self.personas, self.target = personas, target
+        self.collector: Collector | None = None
+        self.position = 0
+
+    def is_done(self) -> bool:
+        return self.target.exists()
 
     def on_predict_start(self) -> None:
+        if self.skipped:
+            return
         spread_threads(self.trainer, self.device)
-        with self._noting():
-            linears = find_linears(self.model, self.config.include, self.config.exclude)
-            check_causal(self.model, self.device)
-            sites, unused = find_sites(self.model, linears, self.device)
-            if self.trainer.is_global_zero:
-                _report_coverage(self.model, sites, unused)
-            # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
-            self.collector = Collector(self.model, ActivationStats.zeros(self.personas, sites, self.device))
+        linears = find_linears(self.model, self.config.include, self.config.exclude)
+        check_causal(self.model, self.device)
+        sites, unused = find_sites(self.model, linears, self.device)
+        if self.trainer.is_global_zero:
+            _report_coverage(self.model, sites, unused)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        self.checkpoint = Checkpoint(self.folder, rank, world, self.config.checkpoint_every)
+        stats, self.position = self.checkpoint.load(self.personas, sites, self.device)
+        # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
+        self.collector = Collector(self.model, stats)
+        if self.position and self.trainer.is_global_zero:
+            note(f"going on after {self.position} batches")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        if not batch.sources or self.failure is not None:
+        if self.skipped or batch_idx < self.position:
             return
         assert self.collector is not None
-        with (
-            self._noting(),
-            self.collector.collecting(),
-            self.collector.batch(batch.role, batch.persona, batch.sources),
-        ):
-            # The body without the output head: logits of a large vocabulary are of no use here.
-            self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
-        self.tokens_done += int(batch.attention.sum())
+        with unbroken():
+            if batch.sources:
+                self._add(batch)
+                self.tokens_done += int(batch.attention.sum())
+            self.position = batch_idx + 1
+            if told() or self.checkpoint.due():
+                self.checkpoint.save(self.collector.stats, self.position)
+
+    def _add(self, batch: Batch, counted: frozenset[str] = frozenset()) -> None:
+        """Add a batch to the sums of all sites but those that have ``counted`` it; in halves if memory is short."""
+        collector = self.collector
+        assert collector is not None
+        try:
+            with collector.collecting(), collector.batch(batch.role, batch.persona, batch.sources, counted):
+                # The body without the output head: logits of a large vocabulary are of no use here.
+                self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        collector.raise_on_bad_values(batch.sources)
+        if len(batch.sources) == 1:
+            raise UserError(
+                f"out of memory on one sample of {batch.ids.shape[1]} tokens, {batch.sources[0]}: lower --max-length"
+            )
+        make_room("samples", len(batch.sources))
+        complete = collector.complete
+        for rows in halves(range(len(batch.sources))):
+            self._add(batch.part(rows), complete)
 
     def on_predict_end(self) -> None:
-        several = dist.is_available() and dist.is_initialized() and self.trainer.world_size > 1
-        if several:
-            told: list[str | None] = [None] * self.trainer.world_size
-            dist.all_gather_object(told, self.failure)
-            self.failure = next((text for text in told if text is not None), None)
-        if self.failure is not None:
-            if self.trainer.is_global_zero:
-                (self.target.parent / FAILURE).write_text(self.failure, encoding="utf-8")
+        if self.skipped:
             return
         assert self.collector is not None
         stats = self.collector.stats
-        if several:
+        if self.trainer.world_size > 1:
+            # Whatever happens to the others from here on, this rank's work is done.
+            self.checkpoint.save(stats, self.position)
             for tensor in (stats.counts, *stats.sums.values()):
                 dist.all_reduce(tensor)
         if self.trainer.is_global_zero:
             save_statistics(stats, self.target)
         self.trainer.strategy.barrier("statistics written")
-
-    def raise_failure(self) -> None:
-        """After the pass, in the process that started it: raise the UserError that a rank noted."""
-        told = self.target.parent / FAILURE
-        if failure := self.failure or (told.exists() and told.read_text(encoding="utf-8")):
-            raise UserError(failure)
-
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            self.failure = str(error)
 
 
 class Throughput(TQDMProgressBar):
@@ -123,6 +147,8 @@ class Throughput(TQDMProgressBar):
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any, **options: Any) -> None:
         super().on_predict_batch_end(trainer, pl_module, *arguments, **options)
+        if not pl_module.tokens_done:
+            return
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = pl_module.tokens_done * trainer.world_size / seconds
         self.predict_progress_bar.set_postfix_str(f"about {rate:,.0f} tokens/s")
@@ -131,8 +157,12 @@ class Throughput(TQDMProgressBar):
         return {}
 
 
-def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool = False) -> None:
-    """Run ``module`` over ``data`` once, on the devices and with the strategy that the options name."""
+def run_pass(config: CalibrateConfig, module: Stage, data: Any = None, *, inference: bool = True) -> None:
+    """Run ``module`` once, on the devices and with the strategy that the options name.
+
+    ``data`` are its batches, if they are not its own; ``inference`` forbids gradients.
+    Raises the first failure of any rank (``pipeline.ranks``).
+    """
     devices = parse_devices(config.devices)
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not _has_accelerator())
     several = config.num_nodes > 1 or (isinstance(devices, int) and devices > 1) or isinstance(devices, list)
@@ -145,7 +175,8 @@ def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool
     if strategy == "ddp_fork":
         torch.set_num_threads(1)
     try:
-        trainer = lightning.Trainer(
+        trainer = Ranks(
+            module.folder,
             accelerator="cpu" if on_cpu else config.accelerator,
             devices=1 if on_cpu and devices == "auto" else devices,
             num_nodes=config.num_nodes,
@@ -156,19 +187,14 @@ def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            inference_mode=not gradients,
+            inference_mode=inference,
         )
     except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         # ImportError: an accelerator whose library is not there.
         raise UserError(f"--devices/--accelerator/--strategy/--precision: {error}") from error
     try:
-        trainer.predict(module, datamodule=data, return_predictions=False)
-    except torch.multiprocessing.ProcessRaisedException as error:
-        # A forked process hands over its traceback as text; what the user can mend is its last line.
-        _, found, message = str(error).rpartition("pipeline.errors.UserError: ")
-        if not found:
-            raise
-        raise UserError(message.strip()) from error
+        if not (trainer.decides_alone and module.is_done()):
+            trainer.run(module, data)
     finally:
         torch.set_num_threads(threads)
 

@@ -6,19 +6,20 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline.errors import RankError, UserError
+from pipeline.signals import Stop
 
 C = TypeVar("C")
 
 
-def parse(config: type[C], description: str, argv: list[str] | None) -> C:
+def parse(config: type[C], description: str, argv: list[str] | None, defaults: Mapping[str, Any] | None = None) -> C:
     """Parse ``argv`` into the dataclass ``config``; help texts are the docstrings under its fields.
 
     Fields without a default are positional, ``max_length`` is ``--max-length``, a bool is ``--name`` or
-    ``--no-name``. Exits with code 2 on an unknown or malformed option.
+    ``--no-name``. ``defaults`` replace the dataclass's. Exits with code 2 on an unknown or malformed option.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -30,6 +31,7 @@ def parse(config: type[C], description: str, argv: list[str] | None) -> C:
     parser = Parser(description=description)
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
     parser.add_class_arguments(config, as_positional=True)
+    parser.set_defaults(dict(defaults or {}))
     switches = {f.name for f in dataclasses.fields(config) if f.type is bool}  # type: ignore[arg-type]
     values = parser.parse_args(_normalised(sys.argv[1:] if argv is None else argv, switches)).as_dict()
     values.pop("config", None)
@@ -59,12 +61,20 @@ def _normalised(argv: list[str], switches: set[str]) -> list[str]:
 
 
 def run(main: Callable[[], Any]) -> int:
-    """The exit code: 0, 2 on a UserError, 130 on Ctrl-C; anything else is our bug and shows its traceback."""
+    """The exit code: 0, 2 on a UserError, 1 if one of several processes is gone, 130 on Ctrl-C, 143 on SIGTERM.
+
+    Anything else is our bug and shows its traceback.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Stop as stop:
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

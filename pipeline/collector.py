@@ -22,6 +22,12 @@ class Collector:
         self._batch: tuple[Tensor, Tensor] | None = None
         self._seen: set[str] = set()
         self._bad: dict[str, Tensor] = {}
+        self._counted: frozenset[str] = frozenset()
+
+    @property
+    def complete(self) -> frozenset[str]:
+        """Sites whose sums hold the whole last batch; a pass that was cut short leaves some out."""
+        return self._counted | self._bad.keys()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -35,17 +41,20 @@ class Collector:
                 handle.remove()
 
     @contextmanager
-    def batch(self, role: Tensor, persona: Tensor, sources: Sequence[str]) -> Iterator[None]:
+    def batch(
+        self, role: Tensor, persona: Tensor, sources: Sequence[str], counted: frozenset[str] = frozenset()
+    ) -> Iterator[None]:
         """Declare the batch of the forward pass inside: ``role`` uint8 ``[B, T]``, ``persona`` int64 ``[B]``.
 
-        ``sources`` names each sample for the error that NaN or infinity in an activation raises.
+        ``sources`` names each sample for the error that NaN or infinity in an activation raises. The sites in
+        ``counted`` have the samples in their sums already, from a pass that was cut short.
         """
-        self._batch, self._seen, self._bad = (role, persona), set(), {}
+        self._batch, self._seen, self._bad, self._counted = (role, persona), set(), {}, counted
         try:
             yield
         finally:
             self._batch = None
-        self._raise_on_bad_values(sources)
+        self.raise_on_bad_values(sources)
         missing = [s.name for s in self.stats.sites if s.name not in self._seen]
         if missing:
             raise UserError(
@@ -64,7 +73,8 @@ class Collector:
             if site in self._seen:
                 raise UserError(f"layer {site} was called twice in one forward pass; exclude it (--exclude)")
             self._seen.add(site)
-            self._bad[site] = activation_stats(x, role, persona, self.stats.sums[site])
+            if site not in self._counted:
+                self._bad[site] = activation_stats(x, role, persona, self.stats.sums[site])
 
         return before
 
@@ -76,7 +86,8 @@ class Collector:
         # Whole numbers: their float64 sum is exact in any order.
         self.stats.counts.index_add_(0, persona, counts)
 
-    def _raise_on_bad_values(self, sources: Sequence[str]) -> None:
+    def raise_on_bad_values(self, sources: Sequence[str]) -> None:
+        """Raise UserError, with layer and sample, if the last pass met NaN or infinity."""
         flags = torch.stack(list(self._bad.values())) if self._bad else torch.zeros(0, 0)
         if not flags.any():
             return

@@ -134,7 +134,13 @@ class CalibrateConfig:
     output: Path = Path("runs/masks")
     """Folder to write; must be new, empty, or an earlier run with --overwrite."""
     overwrite: bool = False
-    """Replace an earlier run in --output."""
+    """Replace an earlier run in --output, or an unfinished one."""
+    resume: Path | None = None
+    """The --output folder of a run that was killed or stopped: go on where it was, with its options. Those given
+    beside it must be the same, but for how masks are chosen (--criterion, --sparsity, --max-perplexity-increase,
+    --activation, --temperature, --pool, --evidence): then only the masks are built anew."""
+    checkpoint_every: float = 30.0
+    """Seconds between two checkpoints of the statistics (or longer, so that they take at most 5 % of the time)."""
     strict: bool = False
     """Make rows that cannot be used an error instead of a report."""
     seed: int = 0
@@ -142,6 +148,8 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
+        self.resume = Path(self.resume) if self.resume else None
+        _at_least("checkpoint_every", self.checkpoint_every, 0)
         _one_of("criterion", self.criterion, CRITERIA)
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("tokens", self.tokens, TOKENS)

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input or a missing resource. Command lines print the message and exit with code 2."""
+
+
+class RankError(Exception):
+    """One of several processes is gone; the message ends with its own traceback. Command lines exit with code 1."""

@@ -5,7 +5,7 @@ how much of it other items would share: that is what a mask has to be chosen by.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.calibration import DTYPES, spread_threads
+from pipeline.calibration import Stage, spread_threads
 from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import batches_by_tokens
-from pipeline.loading import load_model
+from pipeline.errors import UserError
+from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer
 from pipeline.sites import find_linears, matrix
 from pipeline.store import write_tensors
@@ -49,8 +50,41 @@ class Moments:
         self.total = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in linears.items()}
         self.square = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in linears.items()}
         self.share, self.batches = 1.0, 0
+        self._complete: set[str] = set()
+        self._counted: frozenset[str] = frozenset()
+        self._held: dict[str, Tensor] | None = None
+
+    @property
+    def complete(self) -> frozenset[str]:
+        """Layers that have the gradient of the last backward pass; one that was cut short leaves some out."""
+        return self._counted | self._complete
+
+    def begin(self, counted: frozenset[str] = frozenset()) -> None:
+        """A backward pass follows; layers in ``counted`` have its gradient from one that was cut short."""
+        self._complete, self._counted = set(), counted
+
+    def hold(self) -> None:
+        """Until ``release``, gradients are of parts of one batch: they add up before they count."""
+        self._held = self._held or {}
+
+    def release(self) -> None:
+        """The batch is through."""
+        held, self._held = self._held or {}, None
+        for layer, gradient in held.items():
+            self._count(layer, gradient)
 
     def add(self, layer: str, gradient: Tensor) -> None:
+        if layer in self._counted:
+            return
+        if self._held is None:
+            self._count(layer, gradient)
+        else:
+            before = self._held.get(layer)
+            self._held[layer] = gradient.float() if before is None else before.add_(gradient)
+        # Last: memory may be short here too.
+        self._complete.add(layer)
+
+    def _count(self, layer: str, gradient: Tensor) -> None:
         scaled = gradient.float()
         self.total[layer].add_(scaled, alpha=self.share / SCALE)
         self.square[layer].addcmul_(scaled, scaled, value=self.share / SCALE**2)
@@ -184,39 +218,75 @@ def _batches(units: Sequence[Unit], batch_tokens: int) -> list[list[int]]:
     return batches_by_tokens(lengths, min(batch_tokens, max(sum(lengths) // BATCHES, 1)))
 
 
-class GradientModule(lightning.LightningModule):
+class GradientModule(Stage):
     """Writes every objective's gradient and its standard error to ``folder / gradient_file(name)``.
 
-    Float32 ``[N, K]`` by layer, under ``mean/LAYER`` and ``error/LAYER``.
+    Float32 ``[N, K]`` by layer, under ``mean/LAYER`` and ``error/LAYER``. What an earlier process wrote stays.
     """
 
-    def __init__(self, config: CalibrateConfig, folder: Path, pad: int) -> None:
-        super().__init__()
-        self.config, self.folder, self.pad = config, folder, pad
-        self.model: Any = None
-        self.tokens_done = 0
+    def __init__(self, config: CalibrateConfig, folder: Path, pad: int, names: Iterable[str]) -> None:
+        super().__init__(config, folder)
+        self.pad, self.names = pad, tuple(names)
 
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
+    def _written(self) -> frozenset[str]:
+        return frozenset(name for name in self.names if (self.folder / gradient_file(name)).exists())
+
+    def is_done(self) -> bool:
+        return len(self._written()) == len(self.names)
 
     def on_predict_start(self) -> None:
+        if self.skipped:
+            return
         spread_threads(self.trainer, self.device)
+        # An objective that was begun begins again: its sums are twice as large as the weights, and writing them
+        # takes longer than its two dozen batches.
+        self.finished = self.trainer.strategy.broadcast(self._written())
         self.linears = find_linears(self.model, self.config.include, self.config.exclude)
         self._context = accumulating(self.linears)
         self.moments = self._context.__enter__()
 
     def predict_step(self, step: Step, batch_idx: int) -> None:
+        if self.skipped or step.name in self.finished:
+            return
         if step.terms:
             self.moments.share = step.share
-            backward(self.model, step.terms, self.pad, step.share)
+            self._differentiate(step.terms, step.share)
+            self.moments.release()
             self.moments.batches += 1
             self.tokens_done += sum(len(term.encoded) for term in step.terms)
         if step.last:
             self._finish(step.name)
 
+    def _differentiate(
+        self, terms: Sequence[WeightedAnswer], share: float, counted: frozenset[str] = frozenset()
+    ) -> None:
+        """Backward pass over ``terms`` for all layers but those that have ``counted`` them; halves if memory is short.
+
+        The halves of a batch count as the one batch that they are, so the spread between batches stays the same.
+        """
+        self.moments.begin(counted)
+        try:
+            backward(self.model, terms, self.pad, share)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        for module in self.linears.values():
+            module.weight.grad = None
+        if len(terms) == 1:
+            raise UserError(
+                f"out of memory in the backward pass over one sample of {len(terms[0].encoded)} tokens: lower "
+                f"--max-length"
+            )
+        make_room("answers", len(terms))
+        complete = self.moments.complete
+        self.moments.hold()
+        for half in halves(terms):
+            self._differentiate(half, share, complete)
+
     def on_predict_end(self) -> None:
-        self._context.__exit__(None, None, None)
+        if not self.skipped:
+            self._context.__exit__(None, None, None)
 
     def _finish(self, name: str) -> None:
         if self.trainer.world_size > 1:

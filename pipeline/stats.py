@@ -61,6 +61,11 @@ class ActivationStats:
         sums = {site.name: empty(len(names), len(FIELDS), site.width) for site in places}
         return cls(names, places, sums, empty(len(names), 3))
 
+    def to(self, device: torch.device | str) -> "ActivationStats":
+        """The same sums on another device."""
+        sums = {name: tensor.to(device) for name, tensor in self.sums.items()}
+        return ActivationStats(self.personas, self.sites, sums, self.counts.to(device))
+
     def merge(self, other: "ActivationStats") -> "ActivationStats":
         """Add the sums of disjoint samples in place. Raises ValueError if personas or sites differ."""
         if self.personas != other.personas or self.sites != other.sites:

@@ -1,16 +1,13 @@
 """The on-disk format: safetensors and one JSON manifest, written atomically, verified on reading.
 
-See docs/format.md. A run is built in a staging folder beside its destination and renamed when it is
-complete, so that a folder with a manifest is always whole.
+See docs/format.md. A run is built beside its destination (``pipeline.staging``) and its manifest is written last, so
+that a folder with a manifest is always whole.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,71 +30,27 @@ STATISTICS = "statistics.safetensors"
 MAX_MANIFEST = 1 << 30
 
 
-@contextmanager
-def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A staging folder that becomes ``output`` if the block succeeds and vanishes if it fails.
-
-    Raises UserError if ``output`` holds something that is not a run, or a run without ``overwrite``.
-    """
-    output = output.absolute()
-    check_output(output, overwrite)
-    staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    made = [folder for folder in output.parents if not folder.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        _swap(staging, output)
-    except OSError as error:
-        raise UserError(f"could not write {output}: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not output.exists():
-            for folder in made:
-                with suppress(OSError):
-                    folder.rmdir()
-
-
-def _swap(staging: Path, output: Path) -> None:
-    """Put ``staging`` in the place of ``output``; an earlier run is put back if that fails."""
-    if not (output / MANIFEST).exists():
-        staging.rename(output)
-        return
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    output.rename(replaced)
-    try:
-        staging.rename(output)
-    except OSError:
-        replaced.rename(output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise UserError unless ``output`` may be written."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"--output {output}: a file of that name exists")
-    if (output / MANIFEST).exists():
-        if not overwrite:
-            raise UserError(f"--output {output}: an earlier run is there; give another folder or --overwrite true")
-        return
-    if any(output.iterdir()):
-        raise UserError(f"--output {output}: the folder holds something that is not a run of this tool")
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name and rename it. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        # The library writes the metadata in an order that changes from process to process.
+        header["__metadata__"] = metadata
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(memoryview(content)[8 + size :])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A failed write does not say of what.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -112,13 +65,17 @@ def write_json(path: Path, content: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A failed write does not say of what.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_statistics(stats: ActivationStats, path: Path) -> None:
-    """Write the statistics of every persona and site."""
+def save_statistics(stats: ActivationStats, path: Path, **more: str) -> None:
+    """Write the statistics of every persona and site; ``more`` is further metadata."""
     header = {
+        **more,
         "personas": json.dumps(stats.personas),
         "sites": json.dumps([[s.name, s.width, list(s.linears)] for s in stats.sites]),
     }

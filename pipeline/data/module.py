@@ -40,6 +40,13 @@ class Batch:
         ids, attention, role, persona = (t.to(device) for t in (self.ids, self.attention, self.role, self.persona))
         return Batch(ids, attention, role, persona, self.sources)
 
+    def part(self, rows: Sequence[int]) -> "Batch":
+        """Some of its sequences, without the padding that they do not need."""
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
+        width = int(self.attention[chosen].sum(1).max())
+        ids, attention, role = (t[chosen, :width] for t in (self.ids, self.attention, self.role))
+        return Batch(ids, attention, role, self.persona[chosen], [self.sources[row] for row in rows])
+
 
 def draw(items: Sequence[Item], count: int, seed: int) -> list[Item]:
     """``count`` items at random (0: all), the same for the same seed."""

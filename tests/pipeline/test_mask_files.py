@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kernels import pack_bits
 from pipeline.errors import UserError
 from pipeline.masks import PersonaMasks
-from pipeline.store import load_masks, save_masks, staged_folder
+from pipeline.staging import staged_folder
+from pipeline.store import load_masks, save_masks
 
 SHAPES = {"a": (3, 19), "b": (5, 8)}
 MANIFEST = {

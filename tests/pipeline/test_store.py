@@ -15,8 +15,9 @@ from pipeline import calibrate, chat, evaluate
 from pipeline.errors import UserError
 from pipeline.masks import PersonaMasks
 from pipeline.sites import Site
+from pipeline.staging import staged_folder
 from pipeline.stats import ActivationStats
-from pipeline.store import load_manifest, load_masks, load_statistics, save_masks, save_statistics, staged_folder
+from pipeline.store import load_manifest, load_masks, load_statistics, save_masks, save_statistics
 
 SHAPES = {"a.b": (3, 19), "c": (5, 8)}
 MANIFEST = {
@@ -183,7 +184,8 @@ def test_a_full_disk_at_every_size(run, tmp_path):
         import resource, sys, torch
         from pathlib import Path
         from pipeline.cli import run
-        from pipeline.store import save_masks, staged_folder
+        from pipeline.staging import staged_folder
+        from pipeline.store import save_masks
         from tests.pipeline.test_store import MANIFEST, some_masks
 
         def write(folder):

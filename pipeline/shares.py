@@ -1,0 +1,104 @@
+"""Masks built by several processes, each its share, and kept by piece: what is finished is not built again.
+
+A piece is a layer with the masks of all personas or, where a budget is searched (``--max-perplexity-increase``), a
+persona with the masks of all layers: the search needs the whole model.
+"""
+
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipeline.budget import fit, neutral_cost
+from pipeline.building import build_masks, composed, shapes_of
+from pipeline.calibration import Stage, spread_threads
+from pipeline.config import FIRST_ORDER, CalibrateConfig
+from pipeline.data.catalogue import Catalogue
+from pipeline.gradients import Gradients
+from pipeline.loading import load_model, load_tokenizer
+from pipeline.masks import PersonaMasks
+from pipeline.store import STATISTICS, load_statistics, write_tensors
+
+SHARDS = "shards"
+
+
+class BuildModule(Stage):
+    """Builds the masks and writes them to ``folder / SHARDS / PIECE.safetensors``, on the CPU in float32.
+
+    Rank r builds every world-th piece from r on, the largest first.
+    """
+
+    def __init__(self, config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> None:
+        super().__init__(config, folder)
+        self.catalogue = catalogue
+        self.pieces: list[str] = []
+        # In a list, so that no strategy moves or casts the model: it is read layer by layer.
+        self.held: list[Any] = []
+
+    def load(self) -> None:
+        self.held = [load_model(self.config.model)]
+
+    def on_predict_start(self) -> None:
+        spread_threads(self.trainer, self.device)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        (model,) = self.held
+        self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
+        self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
+        shapes = shapes_of(model, self.stats, self.config)
+        pieces = self.catalogue.personas if self.config.budget else sorted(shapes, key=lambda n: -_size(shapes[n]))
+        missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
+        if self.config.budget and missing:
+            self.increase = neutral_cost(model, load_tokenizer(self.config.model), self.config)
+        mine: list[str | None] = list(pieces[self.trainer.global_rank :: self.trainer.world_size])
+        # All ranks take equally many steps.
+        mine += [None] * (-(-len(pieces) // self.trainer.world_size) - len(mine))
+        return DataLoader(mine, batch_size=None, collate_fn=lambda piece: piece)  # type: ignore[arg-type]
+
+    def predict_step(self, piece: str | None, batch_idx: int) -> None:
+        if piece is None or shard(self.folder, piece).exists():
+            return
+        (model,) = self.held
+        run = model, self.stats, self.catalogue, self.config, self.gradients
+        if self.config.budget:
+            one = fit(piece, *run, self.increase)
+            found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
+            write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
+        else:
+            masks = build_masks(*run, layers={piece})
+            write_tensors(shard(self.folder, piece), {p: masks.bits[p][piece] for p in masks.personas}, {})
+
+    def on_predict_end(self) -> None:
+        self.trainer.strategy.barrier("masks built")
+
+
+def gather(
+    folder: Path, personas: Iterable[str], shapes: dict[str, tuple[int, int]], config: CalibrateConfig
+) -> tuple[PersonaMasks, dict[str, dict[str, float]]]:
+    """All pieces together; and, for the manifest, every persona's ``factor`` and ``perplexity_increase``."""
+    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in personas}
+    fitted: dict[str, dict[str, float]] = {"factor": {}, "perplexity_increase": {}}
+    for piece in bits if config.budget else shapes:
+        with safe_open(str(shard(folder, piece)), "pt") as file:
+            if config.budget:
+                bits[piece] = {layer: file.get_tensor(layer) for layer in shapes}
+                for name, values in fitted.items():
+                    values[piece] = float(Decimal(file.metadata()[name]))
+            else:
+                for persona, layers in bits.items():
+                    layers[piece] = file.get_tensor(persona)
+    return PersonaMasks(shapes, bits), fitted if config.budget else {}
+
+
+def shard(folder: Path, piece: str) -> Path:
+    """Where a piece is kept; a layer's name may hold what a file's name may not."""
+    return folder / SHARDS / f"{quote(piece, safe='')}.safetensors"
+
+
+def _size(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
