@@ -55,7 +55,7 @@ def calibrate(config: CalibrateConfig) -> Path:
                 note(f"measured in {time.monotonic() - started:.1f} s")
                 _build(config, catalogue, staging, writes=True)
     except BaseException as error:
-        if has_progress(staging) or (isinstance(error, Stop) and staging.exists()):
+        if has_progress(staging) or (not isinstance(error, UserError) and staging.exists()):
             note(f"{farewell(config)}{f' ({error})' if isinstance(error, Stop) else ''}")
         raise
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ops.activation_stats import COUNTED, SINK, activation_stats
-from pipeline.errors import UserError
+from pipeline.errors import SpoiledError, UserError
 from pipeline.stats import SAMPLES, SINKS, TOKENS, ActivationStats
 
 
@@ -87,12 +87,12 @@ class Collector:
         self.stats.counts.index_add_(0, persona, counts)
 
     def raise_on_bad_values(self, sources: Sequence[str]) -> None:
-        """Raise UserError, with layer and sample, if the last pass met NaN or infinity."""
+        """Raise SpoiledError, with layer and sample, if the last pass met NaN or infinity."""
         flags = torch.stack(list(self._bad.values())) if self._bad else torch.zeros(0, 0)
         if not flags.any():
             return
         layer, sample = flags.nonzero()[0].tolist()
-        raise UserError(
+        raise SpoiledError(
             f"layer {list(self._bad)[layer]}: NaN, infinity or overflow in the input for sample {sources[sample]}"
             f" ({int(flags.any(0).sum())} of {len(sources)} samples of the batch); try another --precision"
         )

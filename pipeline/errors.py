@@ -5,5 +5,9 @@ class UserError(Exception):
     """Bad input or a missing resource. Command lines print the message and exit with code 2."""
 
 
+class SpoiledError(UserError):
+    """A UserError that the same options will meet again: what was measured so far is of no use."""
+
+
 class RankError(Exception):
     """One of several processes is gone; the message ends with its own traceback. Command lines exit with code 1."""

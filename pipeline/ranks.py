@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from pipeline import signals
-from pipeline.errors import RankError, UserError
+from pipeline.errors import RankError, SpoiledError, UserError
 from pipeline.signals import Stop
 from pipeline.staging import FAILURE
 
@@ -40,6 +40,8 @@ class Ranks(lightning.Trainer):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(**options)
         self.folder, self.made_in = folder, os.getpid()
+        # What forked ranks tell goes through a pipe: when the disk is full, a file could not be written.
+        self._pipe: tuple[int, int] | None = None
         self._signal_connector = _NoHandlers()  # type: ignore[assignment]
 
     @property
@@ -52,8 +54,10 @@ class Ranks(lightning.Trainer):
         if self.world_size == 1:
             self.predict(module, datamodule=data, return_predictions=False)
             return
-        if self.decides_alone:
-            (self.folder / FAILURE).unlink(missing_ok=True)
+        if getattr(self.strategy.launcher, "_start_method", "") == "fork":
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
         try:
             self.predict(module, datamodule=data, return_predictions=False)
         except Stop:
@@ -64,9 +68,13 @@ class Ranks(lightning.Trainer):
         except (ProcessRaisedException, ProcessExitedException) as error:
             raise self._of_child(error) from None
         except Exception as error:
+            failure = self._killed() or self._told() or error
             self._end_children(signal.SIGKILL)
-            failure = self._told()
-            raise (failure or error) from None
+            raise failure from None
+        finally:
+            for end in self._pipe or ():
+                os.close(end)
+            self._pipe = None
 
     def _predict_impl(self, *arguments: Any, **options: Any) -> Any:
         # What the launcher calls in every rank, however it starts them.
@@ -80,8 +88,8 @@ class Ranks(lightning.Trainer):
         forked = os.getpid() != self.made_in
         if forked:
             signals.in_fork()
-        elif launcher := self.strategy.launcher:
-            _children.extend(launcher.procs)  # type: ignore[attr-defined]
+        elif started := getattr(self.strategy.launcher, "procs", ()):
+            _children[:] = started
         over = threading.Event()
         parent = self.made_in if forked else os.getppid()
         threading.Thread(target=self._watch, args=(over, parent, forked), daemon=True, name="watch").start()
@@ -116,7 +124,12 @@ class Ranks(lightning.Trainer):
         text = "".join(traceback.format_exception(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             error = UserError(f"could not write {error.filename}: {error.strerror}; what was measured before is kept")
-        word = {"rank": self.global_rank, "mendable": isinstance(error, UserError), "message": str(error), "text": text}
+        kind = next((k.__name__ for k in (SpoiledError, UserError) if isinstance(error, k)), "")
+        word = {"rank": self.global_rank, "kind": kind, "message": str(error), "text": text[-16000:]}
+        if self._pipe:
+            with suppress(BlockingIOError):
+                os.write(self._pipe[1], json.dumps(word).encode() + b"\n")
+            return
         own = self.folder / f".{FAILURE}.{self.global_rank}.tmp"
         try:
             own.write_text(json.dumps(word), encoding="utf-8")
@@ -125,17 +138,22 @@ class Ranks(lightning.Trainer):
             pass
         except OSError:
             # A full disk: the terminal is what is left.
-            print(str(error) if word["mendable"] else text, file=sys.stderr, flush=True)
+            print(str(error) if kind else text, file=sys.stderr, flush=True)
         finally:
             own.unlink(missing_ok=True)
 
     def _told(self) -> Exception | None:
+        """The first failure that any rank told of."""
         try:
-            word = json.loads((self.folder / FAILURE).read_text(encoding="utf-8"))
+            if self._pipe:
+                told, *_ = os.read(self._pipe[0], 1 << 20).splitlines()
+            else:
+                told = (self.folder / FAILURE).read_bytes()
+            word = json.loads(told)
         except (OSError, ValueError):
             return None
-        if word["mendable"]:
-            return UserError(word["message"])
+        if word["kind"]:
+            return (SpoiledError if word["kind"] == "SpoiledError" else UserError)(word["message"])
         return RankError(f"process {word['rank']} of {self.world_size} failed:\n{word['text']}")
 
     def _of_child(self, error: Any) -> BaseException:
@@ -144,10 +162,21 @@ class Ranks(lightning.Trainer):
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             return Stop(code - 128)
         if code < 0:
-            name = signal.Signals(-code).name
-            why = " (the system does that when memory is short)" if name == "SIGKILL" else ""
-            return RankError(f"process {error.error_index} of {self.world_size} was ended by {name}{why}")
+            return _by_signal(error.error_index, self.world_size, -code)
         return self._told() or RankError(str(error))
+
+    def _killed(self) -> RankError | None:
+        """A rank that this process started and that some signal ended; it could not tell."""
+        # The others notice a closed connection before the system has done with the process.
+        until = time.monotonic() + 2 * WATCH
+        while _children and time.monotonic() < until:
+            for number, process in enumerate(_children, 1):
+                if (process.poll() or 0) < 0:
+                    return _by_signal(number, self.world_size, -process.returncode)
+            if any(process.poll() is not None for process in _children):
+                break
+            time.sleep(0.05)
+        return None
 
     def _end_children(self, number: int) -> None:
         """End the ranks that this process started, by ``number`` and, if that does not help, by SIGKILL."""
@@ -172,6 +201,12 @@ class _NoHandlers:
 
     def teardown(self) -> None:
         pass
+
+
+def _by_signal(rank: int, world: int, number: int) -> RankError:
+    name = signal.Signals(number).name
+    why = " (the system does that when memory is short)" if name == "SIGKILL" else ""
+    return RankError(f"process {rank} of {world} was ended by {name}{why}")
 
 
 def _lives(process: Any) -> bool:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.cli import note
-from pipeline.errors import UserError
+from pipeline.errors import SpoiledError, UserError
 from pipeline.signals import unbroken
 from pipeline.store import MANIFEST, STATISTICS
 
@@ -39,16 +39,19 @@ def has_progress(staging: Path) -> bool:
 
 
 def is_finished(output: Path) -> bool:
-    """Nothing is left to do for ``output``: an earlier process was killed after its last rename."""
-    return (output / MANIFEST).exists() and not staging_of(output).exists()
+    """Is nothing left to do for ``output``? A process that was killed after its last rename may have left its state."""
+    finished = (output / MANIFEST).exists() and not staging_of(output).exists()
+    if finished:
+        (output / STATE).unlink(missing_ok=True)
+    return finished
 
 
 @contextmanager
 def staged_folder(output: Path, overwrite: bool, *, resume: bool = False) -> Iterator[Path]:
     """A staging folder that becomes ``output`` if the block succeeds.
 
-    If it fails, the folder stays if anything is measured in it, or if it has a ``STATE`` and something else than a
-    UserError came between; else it vanishes. ``resume`` takes the folder of an earlier process.
+    If it fails, the folder vanishes, unless it has a ``STATE`` and anything measured in it, or something else than a
+    UserError came between; after SpoiledError it always does. ``resume`` takes the folder of an earlier process.
     Raises UserError if ``output`` holds something that is not a run, a run without ``overwrite``, or if another
     process is writing.
     """
@@ -82,8 +85,8 @@ def _vanishing(staging: Path, resume: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        mendable = isinstance(error, UserError | OSError)
-        if not (resume or has_progress(staging) or (not mendable and (staging / STATE).exists())):
+        early = isinstance(error, UserError | OSError) and not resume and not has_progress(staging)
+        if not (staging / STATE).exists() or early or isinstance(error, SpoiledError):
             shutil.rmtree(staging, ignore_errors=True)
         raise
 
@@ -108,10 +111,10 @@ def _finish(staging: Path, output: Path) -> None:
                 shutil.rmtree(file)
             else:
                 file.unlink()
-    # Last: as long as it is there, nobody takes the folder for a stranger's.
-    (staging / STATE).unlink(missing_ok=True)
     with unbroken():
         _swap(staging, output)
+        # Last: until then, the run can be resumed.
+        (output / STATE).unlink(missing_ok=True)
 
 
 def _swap(staging: Path, output: Path) -> None:
