@@ -52,7 +52,8 @@ def main(devices, trials, seed, folder):
         staging = staging_of(output)
         if staging.exists():
             found = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file() and p.name != STATE)
-        code = 0
+        where = f"{len(found)} files, the last {found[-1]}" if found else "nothing measured"
+        where = "the run complete" if output.exists() else where
         if (staging / STATE).exists() or output.exists():
             code = wait(fork(lambda: calibrate.main(["--resume", str(output)]), folder))
         else:
@@ -61,7 +62,6 @@ def main(devices, trials, seed, folder):
             code = wait(fork(lambda: calibrate.main(command), folder))
         good = code == 0 and contents(output) == expected and not staging.exists()
         same += good
-        where = f"{len(found)} files, the last {found[-1]}" if found else "the output" if output.exists() else "nothing"
         print(f"{number}: {aim} after {moment:.2f} s with {where}: {'same' if good else 'DIFFERENT'}", flush=True)
         if not good:
             print((folder / "log").read_text()[-3000:], flush=True)
