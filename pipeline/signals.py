@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: leave between two batches with everything on disk, or after ``GRACE`` seconds at the latest."""
+"""SIGINT and SIGTERM: leave between two batches with everything on disk, or a few seconds later at the latest."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-GRACE = 10.0
-"""Seconds that a process may take to leave. Python's handlers wait for a C++ call to return, and one that waits for
-another process (a collective) may never do so."""
+GRACE, RANK_GRACE = 10.0, 4.0
+"""Seconds that a process may take to leave, and that one which it forked may take. Python's handlers wait for a C++
+call to return, and one that waits for another process (a collective) may never do so."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -45,7 +45,7 @@ def handled(farewell: str) -> Iterator[None]:
     _Process.owner, _Process.depth, _Process.pending = os.getpid(), 0, 0
     for number in before:
         signal.signal(number, _handle)
-    release = _with_deadline(farewell)
+    release = _with_deadline(farewell, GRACE)
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def in_fork() -> None:
     """Begin anew in a forked process: threads do not survive a fork, and the parent's pipe is the parent's."""
     _Process.depth, _Process.pending = 0, 0
     if _Process.owner:
-        _with_deadline("")
+        _with_deadline("", RANK_GRACE)
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def _leave(number: int) -> None:
     raise Stop(number)
 
 
-def _with_deadline(farewell: str) -> Callable[[], None]:
-    """End the process ``GRACE`` seconds after a signal unless what is returned is called before."""
+def _with_deadline(farewell: str, grace: float) -> Callable[[], None]:
+    """End the process ``grace`` seconds after a signal unless what is returned is called before."""
     left = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -102,7 +102,7 @@ def _with_deadline(farewell: str) -> Callable[[], None]:
     def wait() -> None:
         # Python writes a signal's number here at once, whatever the main thread is waiting for.
         while number := os.read(reader, 1):
-            if number[0] in SIGNALS and not left.wait(GRACE):
+            if number[0] in SIGNALS and not left.wait(grace):
                 if farewell:
                     print(farewell, file=sys.stderr, flush=True)
                 os._exit(128 + number[0])

@@ -47,13 +47,13 @@ def main(devices, trials, seed, folder):
         pid = fork(lambda: calibrate.main(command), folder)
         time.sleep(moment)
         aim = kill(pid, devices, chance)
-        wait(pid)
+        code = wait(pid)
         gone(pid)
         staging = staging_of(output)
         if staging.exists():
             found = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file() and p.name != STATE)
         where = f"{len(found)} files, the last {found[-1]}" if found else "nothing measured"
-        where = "the run complete" if output.exists() else where
+        where = f"the run complete (exit code {code})" if output.exists() else where
         if (staging / STATE).exists() or output.exists():
             code = wait(fork(lambda: calibrate.main(["--resume", str(output)]), folder))
         else:
@@ -93,7 +93,10 @@ def wait(pid):
 
 def kill(pid, devices, chance):
     """SIGKILL to the program, to one of the ranks that it forked, or to all of them; says which."""
-    ranks = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and parent(p) == pid]
+    # Not what libraries start for a moment to ask the system something.
+    own = Path("/proc/self/cmdline").read_bytes()
+    ranks = [p for p in Path("/proc").iterdir() if p.name.isdigit() and parent(p) == pid]
+    ranks = [int(p.name) for p in ranks if command_line(p) == own]
     aim = chance.choice(["program", "rank", "everything"]) if devices > 1 else "program"
     if aim == "everything":
         os.killpg(pid, signal.SIGKILL)
@@ -109,6 +112,13 @@ def parent(process):
         return int((process / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
         return 0
+
+
+def command_line(process):
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def gone(group):
