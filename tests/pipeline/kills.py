@@ -41,7 +41,8 @@ def main(devices, trials, seed, folder):
     expected = contents(output)
     print(f"{devices} processes: an uninterrupted run takes {span:.1f} s, {len(expected)} files", flush=True)
     same = 0
-    for number in range(1, trials + 1):
+    number = 0
+    while number < trials:
         shutil.rmtree(output)
         moment, found = chance.uniform(0, span), []
         pid = fork(lambda: calibrate.main(command), folder)
@@ -49,11 +50,15 @@ def main(devices, trials, seed, folder):
         aim = kill(pid, devices, chance)
         code = wait(pid)
         gone(pid)
+        if code == 0:
+            # It was done before; that is no kill.
+            continue
+        number += 1
         staging = staging_of(output)
         if staging.exists():
             found = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file() and p.name != STATE)
         where = f"{len(found)} files, the last {found[-1]}" if found else "nothing measured"
-        where = f"the run complete (exit code {code})" if output.exists() else where
+        where = "the run complete" if output.exists() else where
         if (staging / STATE).exists() or output.exists():
             code = wait(fork(lambda: calibrate.main(["--resume", str(output)]), folder))
         else:

@@ -178,7 +178,7 @@ def test_other_files_are_refused_and_the_old_ones_go_on(stopped, ground, tmp_pat
     elif change == "weights":
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
-        path.write_bytes(content.replace(b"fox", b"dog", 1) if change == "data" else content + b" ")
+        path.write_bytes(content.replace(b"fox", b"dog") if change == "data" else content + b" ")
     assert calibrate.main(["--resume", str(output)]) == 2
     error = capsys.readouterr().err
     words = {"gone": "is gone", "tokenizer": f"had {len(content)} bytes, now {len(content) + 1}"}
