@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 
@@ -170,7 +171,8 @@ def run_pass(config: CalibrateConfig, module: Stage, data: Any = None, *, infere
     if strategy == "auto" and on_cpu and several:
         # Forking starts in a fraction of the time, but a forked child inherits no OpenMP threads: the
         # parent must not have started any before.
-        strategy = "ddp" if config.num_nodes > 1 else "ddp_fork"
+        launched = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+        strategy = "ddp" if config.num_nodes > 1 or launched else "ddp_fork"
     threads = torch.get_num_threads()
     if strategy == "ddp_fork":
         torch.set_num_threads(1)

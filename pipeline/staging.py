@@ -30,6 +30,8 @@ ORPHANS = 5.0
 def staging_of(output: Path) -> Path:
     """Where the run that becomes ``output`` is built."""
     output = output.absolute()
+    if not output.name:
+        raise UserError(f"--output {output}: a run needs a folder of its own")
     return output.with_name(f".{output.name}.partial")
 
 
