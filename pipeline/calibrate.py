@@ -50,15 +50,10 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     """The forward pass for the statistics and, where the criterion needs it, the backward pass for the gradients."""
     import lightning
 
-    from pipeline.budget import NEUTRAL_TEXTS
     from pipeline.calibration import StatisticsModule, run_pass
-    from pipeline.data.catalogue import neutral_set
-    from pipeline.data.forms import NEUTRAL
     from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
-    from pipeline.gradients import GradientModule, ObjectiveData
     from pipeline.loading import load_model, load_tokenizer, position_limit
-    from pipeline.objectives import objective_of
     from pipeline.reuse import check_reuse
     from pipeline.store import STATISTICS, load_statistics, save_statistics
 
@@ -86,12 +81,32 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
         run_pass(config, statistics, data)
         statistics.raise_failure()
     if config.criterion in FIRST_ORDER:
-        objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
-        limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
-        objectives[NEUTRAL] = objective_of(neutral_set(), prompter, **limits)
-        note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
-        module = GradientModule(config, folder, tokenizer.pad_token_id)
-        run_pass(config, module, ObjectiveData(objectives, max(1, config.batch_tokens // 4)), gradients=True)
+        _differentiate(config, catalogue, prompter, tokenizer.pad_token_id, folder)
+
+
+def _differentiate(config: CalibrateConfig, catalogue: Any, prompter: Any, pad: int, folder: Path) -> None:
+    """Every pair's gradient and that of neutral text, after a first pass that finds how much each answer counts."""
+    from pipeline.budget import NEUTRAL_TEXTS
+    from pipeline.calibration import run_pass
+    from pipeline.data.catalogue import neutral_set
+    from pipeline.data.forms import NEUTRAL
+    from pipeline.gradients import GradientModule, ObjectiveData
+    from pipeline.objectives import objective_of
+    from pipeline.sketching import SketchModule, single_answers, weighted
+
+    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
+    objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
+    limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
+    objectives[NEUTRAL] = objective_of(neutral_set(), prompter, **limits)
+    batch_tokens = max(1, config.batch_tokens // 4)
+    if config.criterion == "first-order":
+        answers = single_answers(objectives)
+        note(f"weighing {sum(map(len, answers.values()))} answers and neutral texts by their gradients")
+        sizes = {name: len(units) for name, units in answers.items()}
+        run_pass(config, SketchModule(config, folder, pad, sizes), ObjectiveData(answers, batch_tokens), gradients=True)
+        objectives = weighted(objectives, folder)
+    note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
+    run_pass(config, GradientModule(config, folder, pad), ObjectiveData(objectives, batch_tokens), gradients=True)
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
@@ -99,6 +114,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     from pipeline.building import build_masks
     from pipeline.gradients import Gradients
     from pipeline.loading import load_model
+    from pipeline.sketching import WEIGHTS
     from pipeline.store import STATISTICS, load_statistics, save_masks
 
     stats = load_statistics(staging / STATISTICS)
@@ -115,7 +131,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     if overlaps:
         manifest["disjoint_overlap"] = overlaps
     save_masks(masks, staging, manifest)
-    for file in staging.glob("gradient-*.safetensors"):
+    for file in (*staging.glob("gradient-*.safetensors"), *staging.glob(WEIGHTS)):
         # As large as the weights, and of no use once the masks exist.
         file.unlink()
 

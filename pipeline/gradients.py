@@ -136,13 +136,14 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float
 
 
 class Step:
-    """One batch of one objective; ``last`` marks the objective's end, where the sums are complete.
+    """One batch of one objective: its ``units`` by number, and their answers in a row.
 
-    Not a dataclass: Lightning's precision plugins rebuild those, and these hold nothing to convert.
+    ``last`` marks the objective's end, where the sums are complete. Not a dataclass: Lightning's precision plugins
+    rebuild those, and these hold nothing to convert.
     """
 
-    def __init__(self, name: str, terms: list[WeightedAnswer], share: float, last: bool) -> None:
-        self.name, self.terms, self.share, self.last = name, terms, share, last
+    def __init__(self, name: str, units: list[int], terms: list[WeightedAnswer], share: float, last: bool) -> None:
+        self.name, self.units, self.terms, self.share, self.last = name, units, terms, share, last
 
 
 class ObjectiveData(lightning.LightningDataModule):
@@ -166,7 +167,7 @@ class ObjectiveData(lightning.LightningDataModule):
             for number in range(count):
                 chosen = mine[number] if number < len(mine) else []
                 terms = [term for i in chosen for term in units[i]]
-                steps.append(Step(name, terms, len(chosen) / len(units), number == count - 1))
+                steps.append(Step(name, chosen, terms, len(chosen) / len(units), number == count - 1))
         return steps
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
