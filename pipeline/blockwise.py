@@ -31,7 +31,8 @@ class Blockwise:
         self._at = -1
         self._hidden: Tensor | None = None
         self._reached: Tensor | None = None
-        self._form: Any = None
+        self._form: int | None = None
+        self._extra: tuple[Tensor, ...] = ()
 
     @contextmanager
     def replaced(self) -> Iterator["Blockwise"]:
@@ -64,25 +65,27 @@ class Blockwise:
                 if number != self._at + 1:
                     raise UserError(f"--stream: block {self.names[number]} is called out of order")
                 self._reached = given
+                if any(value is extra for value in (*rest, *named.values()) for extra in self._extra):
+                    raise UserError(f"--stream: block {self.names[self._at]} hands on more than hidden states")
                 raise _Reached
             sizes = _sizes(named)
             result = forward(self._hidden, *rest, **named)
             if _sizes(named) != sizes:
                 raise UserError(f"--stream: block {self.names[number]} leaves something behind for later blocks")
-            self._form = self._checked(number, result)
+            self._note_form(number, result)
             return result
 
         return replaced
 
-    def _checked(self, number: int, result: Any) -> Any:
-        """The number of values that a block returns (None: a bare tensor); only the first may matter."""
+    def _note_form(self, number: int, result: Any) -> None:
+        """How many values a block returns (None: a bare tensor). Those behind the first may be attention weights to be
+        reported, but nothing that the next block reads."""
+        self._form, self._extra = None, ()
         if isinstance(result, Tensor):
-            return None
+            return
         if not isinstance(result, tuple) or not isinstance(result[0], Tensor):
             raise UserError(f"--stream: block {self.names[number]} returns a {type(result).__name__}")
-        if any(value is not None for value in result[1:]):
-            raise UserError(f"--stream: block {self.names[number]} hands on more than hidden states")
-        return len(result)
+        self._form, self._extra = len(result), tuple(value for value in result[1:] if isinstance(value, Tensor))
 
     def _passed_on(self, hidden: Tensor) -> Any:
         return hidden if self._form is None else (hidden, *[None] * (self._form - 1))

@@ -74,7 +74,7 @@ class Collector:
             )
         for site, sums in self._repeated.items():
             self.stats.sums[site] += sums / self._calls[site]
-        self._count(self.stats.counts, role, persona)
+        self._count(self.stats.counts, role, persona, torch.ones_like(persona))
 
     def _hook(self, site: str):
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -128,16 +128,17 @@ class Collector:
         padded, roles = x.new_zeros(len(role), width, x.shape[1]), role.new_full((len(role), width), IGNORED)
         padded[sequence, place], roles[sequence, place] = x, role.flatten()[tokens]
         self._add(site, activation_stats(padded, roles, persona, self.stats.sums[site]))
-        self._count(self.stats.routed[site], roles, persona)
+        # A sequence none of whose counted tokens came here is no sample of this expert.
+        self._count(self.stats.routed[site], roles, persona, (roles == COUNTED).any(1))
 
     def _add(self, site: str, bad: Tensor) -> None:
         self._bad[site] = self._bad[site] | bad if site in self._bad else bad
 
-    def _count(self, counts: Tensor, role: Tensor, persona: Tensor) -> None:
+    def _count(self, counts: Tensor, role: Tensor, persona: Tensor, samples: Tensor) -> None:
         new = torch.zeros(len(persona), 3, dtype=torch.float64, device=role.device)
         new[:, TOKENS] = (role == COUNTED).sum(1)
         new[:, SINKS] = (role == SINK).sum(1)
-        new[:, SAMPLES] = 1
+        new[:, SAMPLES] = samples.double()
         # Whole numbers: their float64 sum is exact in any order.
         counts.index_add_(0, persona, new)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import UserError
 from pipeline.loading import check_supported, load_config, resolve
@@ -41,9 +42,12 @@ class Shards:
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         # As Lightning's half precision does it: buffers too.
         self.model.to(dtype).eval().requires_grad_(False)
-        for module in self.model.modules():
+        for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None or buffer.is_meta else buffer.to(device)
+                if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
+                    raise UserError(f"--stream: {path}.{name} has no value before the weights are loaded")
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
         self.blocks = decoder_blocks(self.model)
         self._check_unshared()
         files = _files(model)
@@ -81,7 +85,7 @@ class Shards:
                 if file not in opened:
                     # pread, not mmap: what is mapped counts as resident memory of this process.
                     opened[file] = stack.enter_context(safe_open(str(file), "pt", device="cpu", backend="pread"))
-                slices[key] = opened[file].get_slice(key)
+                slices[key] = _OnDisk(opened[file], key)
             options = LoadStateDictConfig(dtype=dtype, device_map={"": device}, weight_mapping=self._mapping)
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, options)
         problems = [
@@ -138,9 +142,33 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty``, which is what large parameters are made from, reserves nothing even for a moment."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        if function is torch.empty and options.get("device") is None:
+            options = {**options, "device": "meta"}
+        return function(*arguments, **options)
+
+
+class _OnDisk:
+    """One tensor of an open file, read when it is indexed with ``...``, which is how transformers asks for it.
+
+    The library's own slices would hold it twice for a moment.
+    """
+
+    def __init__(self, file: Any, key: str) -> None:
+        self.file, self.key = file, key
+
+    def __getitem__(self, place: Any) -> torch.Tensor:
+        return self.file.get_tensor(self.key)[place]
 
 
 @contextmanager
