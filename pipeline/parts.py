@@ -1,10 +1,14 @@
 """Masks that are written while they are made: some layers at a time, joined into one file per persona at the end."""
 
-import json
+import math
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pipeline import tensorfile
 from pipeline.data.catalogue import check_name
 from pipeline.masks import PersonaMasks
 from pipeline.store import mask_entry, mask_metadata, save_manifest
@@ -47,34 +51,17 @@ class MaskParts:
         save_manifest(self.folder, manifest, {layer: self.shapes[layer] for layer in order}, files)
 
     def _join(self, part: Path, target: Path, metadata: dict[str, str]) -> None:
-        """A safetensors file of the tensors that ``part`` holds one after another, in the order of their names.
-
-        The library writes only what is in memory; this copies from file to file.
-        """
-        places, offset = {}, 0
-        for layer, (rows, columns) in self.shapes.items():
-            places[layer] = offset, rows * ((columns + 7) // 8)
-            offset += places[layer][1]
-        header: dict[str, Any] = {"__metadata__": metadata}
-        start = 0
-        for layer in sorted(places):
-            rows, columns = self.shapes[layer]
-            size = places[layer][1]
-            header[layer] = {
-                "dtype": "U8",
-                "shape": [rows, (columns + 7) // 8],
-                "data_offsets": [start, start + size],
-            }
-            start += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        """A safetensors file of the tensors that ``part`` holds one after another."""
+        packed = {layer: (rows, (columns + 7) // 8) for layer, (rows, columns) in self.shapes.items()}
+        starts = dict(zip(packed, accumulate(map(math.prod, packed.values()), initial=0), strict=False))
+        order = tensorfile.in_order(dict.fromkeys(packed, torch.uint8))
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             with open(part, "rb") as source, open(temporary, "wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                for layer in sorted(places):
-                    source.seek(places[layer][0])
-                    _copy(source, file, places[layer][1])
+                file.write(tensorfile.header({layer: (torch.uint8, packed[layer]) for layer in order}, metadata))
+                for layer in order:
+                    source.seek(starts[layer])
+                    _copy(source, file, math.prod(packed[layer]))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
+from pipeline import tensorfile
 from pipeline.data.catalogue import check_name
 from pipeline.errors import UserError
 from pipeline.masks import PersonaMasks
@@ -92,9 +92,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
         with open(temporary, "wb") as file:
-            file.write(content)
+            tensorfile.write(file, tensors, metadata)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
