@@ -39,7 +39,7 @@ def save_family(family, folder, **options):
 
 def run_both(words, tmp_path, model, *options, personas=None):
     """The same calibration in memory and streamed."""
-    options = ("--batch-tokens", "200", *options)
+    options = ("--batch-tokens", "200", "--samples", "4", *options)
     for output, more in (("whole", ()), ("streamed", ("--stream",))):
         given = words(tmp_path / output, *options, *more, model=model, personas=personas)
         assert calibrate.main(given) == 0
