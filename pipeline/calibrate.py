@@ -39,9 +39,12 @@ def calibrate(config: CalibrateConfig) -> Path:
         note(f"left out: {problem}")
     started = time.monotonic()
     with staged_folder(config.output, config.overwrite) as staging:
-        _measure(config, catalogue, staging, writes=True)
-        note(f"measured in {time.monotonic() - started:.1f} s")
-        _build(config, catalogue, staging)
+        if config.stream:
+            _stream(config, catalogue, staging)
+        else:
+            _measure(config, catalogue, staging, writes=True)
+            note(f"measured in {time.monotonic() - started:.1f} s")
+            _build(config, catalogue, staging)
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")
     return config.output
 
@@ -51,32 +54,20 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     import lightning
 
     from pipeline.calibration import StatisticsModule, run_pass
-    from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
-    from pipeline.loading import load_model, load_tokenizer, position_limit
+    from pipeline.loading import load_model, load_tokenizer
     from pipeline.reuse import check_reuse
     from pipeline.store import STATISTICS, load_statistics, save_statistics
 
     lightning.seed_everything(config.seed, verbose=False)
     tokenizer = load_tokenizer(config.model)
     prompter = Prompter(tokenizer)
-    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
     if config.statistics and writes:
         stats = load_statistics(Path(config.statistics) / STATISTICS)
         check_reuse(config, catalogue, load_model(config.model))
         save_statistics(stats, folder / STATISTICS)
     elif not config.statistics:
-        samples, problems = make_samples(catalogue.sets, prompter, **limits)
-        for problem in problems:
-            if config.strict:
-                raise UserError(problem)
-            note(f"left out: {problem}")
-        longest, limit = max(len(sample.encoded) for sample in samples), position_limit(config.model)
-        if limit is not None and longest > limit:
-            raise UserError(f"samples have up to {longest} tokens, the model reads {limit}: use --max-length {limit}")
-        pad = tokenizer.pad_token_id
-        data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
-        note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
+        data = _samples(config, catalogue, tokenizer, prompter)
         statistics = StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS)
         run_pass(config, statistics, data)
         statistics.raise_failure()
@@ -109,11 +100,55 @@ def _differentiate(config: CalibrateConfig, catalogue: Any, prompter: Any, pad: 
     run_pass(config, GradientModule(config, folder, pad), ObjectiveData(objectives, batch_tokens), gradients=True)
 
 
+def _samples(config: CalibrateConfig, catalogue: Any, tokenizer: Any, prompter: Any) -> Any:
+    """The calibration samples of every persona, in batches."""
+    from pipeline.data.module import CalibrationData, make_samples
+    from pipeline.loading import position_limit
+
+    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
+    samples, problems = make_samples(catalogue.sets, prompter, **limits)
+    for problem in problems:
+        if config.strict:
+            raise UserError(problem)
+        note(f"left out: {problem}")
+    longest, limit = max(len(sample.encoded) for sample in samples), position_limit(config.model)
+    if limit is not None and longest > limit:
+        raise UserError(f"samples have up to {longest} tokens, the model reads {limit}: use --max-length {limit}")
+    pad = tokenizer.pad_token_id
+    data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
+    note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
+    return data
+
+
+def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
+    """Measure and mask block by block, for a model that memory does not hold."""
+    import lightning
+
+    from pipeline.data.prompts import Prompter
+    from pipeline.loading import load_tokenizer
+    from pipeline.store import STATISTICS, save_statistics
+    from pipeline.streaming import Stream
+
+    lightning.seed_everything(config.seed, verbose=False)
+    tokenizer = load_tokenizer(config.model)
+    data = _samples(config, catalogue, tokenizer, Prompter(tokenizer))
+    done = Stream(config, catalogue, data, staging).run()
+    save_statistics(done.stats, staging / STATISTICS)
+    order, removed = done.order(), done.parts.removed()
+    fingerprints = {name: done.fingerprints[name] for name in order}
+    manifest = _manifest(config, catalogue, done.stats, done.model, fingerprints, removed)
+    if done.overlaps:
+        manifest["disjoint_overlap"] = done.shares()
+    done.parts.finish(manifest, order)
+
+
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     from pipeline.budget import fit
     from pipeline.building import build_masks
+    from pipeline.fingerprint import model_fingerprints
     from pipeline.gradients import Gradients
     from pipeline.loading import load_model
+    from pipeline.sites import find_layers
     from pipeline.sketching import WEIGHTS
     from pipeline.store import STATISTICS, load_statistics, save_masks
 
@@ -126,7 +161,10 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
         masks, fitted = fit(model, stats, catalogue, config, gradients)
     else:
         masks, overlaps = build_masks(model, stats, catalogue, config, gradients)
-    manifest = _manifest(config, catalogue, stats, masks, model)
+    layers = find_layers(model)
+    fingerprints = model_fingerprints({name: layers[name] for name in masks.shapes})
+    removed = {persona: 1 - masks.density(persona) for persona in masks.personas}
+    manifest = _manifest(config, catalogue, stats, model, fingerprints, removed)
     manifest["sparsity"] |= fitted
     if overlaps:
         manifest["disjoint_overlap"] = overlaps
@@ -136,24 +174,41 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
         file.unlink()
 
 
-def _manifest(config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, model: Any) -> dict[str, Any]:
+def _manifest(
+    config: CalibrateConfig,
+    catalogue: Any,
+    stats: Any,
+    model: Any,
+    fingerprints: dict[str, str],
+    removed: dict[str, float],
+) -> dict[str, Any]:
+    """Everything that the manifest says, but for the files; ``removed``: persona -> share of the weights."""
+    from pipeline.building import composed
     from pipeline.data.module import draw
-    from pipeline.fingerprint import data_hash, model_fingerprints, question_hash, versions
-    from pipeline.sites import find_linears
+    from pipeline.fingerprint import data_hash, question_hash, versions
+    from pipeline.pooling import pooled_experts
+    from pipeline.sites import find_layers
 
-    linears = {name: m for name, m in find_linears(model).items() if name in masks.shapes}
+    pooled = pooled_experts(composed(stats, catalogue), catalogue, config)
+    if pooled:
+        one, names = next(iter(pooled.items()))
+        note(
+            f"mixture-of-experts: {len(names)} matrices of {one} saw fewer than {config.expert_tokens} tokens and were "
+            f"scored by all experts of their layer (manifest.json lists them for every persona)"
+        )
     drawn = {s.plus: draw(s.split("calibration"), config.samples, config.seed) for s in catalogue.sets}
     options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     counts = {p: [int(c) if c == int(c) else c for c in stats.counts[i].tolist()] for i, p in enumerate(stats.personas)}
     return {
-        "model": {"id": config.model, "type": model.config.model_type, "fingerprint": model_fingerprints(linears)},
+        "model": {"id": config.model, "type": model.config.model_type, "fingerprint": fingerprints},
         "tokenizer": config.model,
         "criterion": config.criterion,
-        "sparsity": {"option": config.sparsity, "removed": {p: 1 - masks.density(p) for p in masks.personas}},
-        "uncovered": [name for name in find_linears(model) if name not in masks.shapes],
+        "sparsity": {"option": config.sparsity, "removed": removed},
+        "uncovered": [name for name in find_layers(model) if name not in fingerprints],
+        **({"pooled_experts": pooled} if pooled else {}),
         "personas": {
             "pairs": [list(s.poles) for s in catalogue.sets],
-            "opponents": {p: o for p, o in catalogue.opponents.items() if p in masks.bits},
+            "opponents": {p: o for p, o in catalogue.opponents.items() if p in removed},
             "compositions": {c.name: [list(part) for part in c.parts] for c in catalogue.compositions},
             "sources": {s.plus: s.source for s in catalogue.sets},
             "data_sha256": {plus: data_hash(items) for plus, items in drawn.items()},

@@ -19,8 +19,9 @@ from pipeline.collector import Collector
 from pipeline.config import CalibrateConfig, parse_devices
 from pipeline.data.module import Batch
 from pipeline.errors import UserError
+from pipeline.experts import find_experts, other_expert_parameters
 from pipeline.loading import load_model
-from pipeline.sites import check_causal, expert_parameters, find_linears, find_sites
+from pipeline.sites import Site, check_causal, find_sites, maskable
 from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
 
@@ -60,11 +61,11 @@ class StatisticsModule(lightning.LightningModule):
     def on_predict_start(self) -> None:
         spread_threads(self.trainer, self.device)
         with self._noting():
-            linears = find_linears(self.model, self.config.include, self.config.exclude)
+            layers = maskable(self.model, self.config)
             check_causal(self.model, self.device)
-            sites, unused = find_sites(self.model, linears, self.device)
+            sites, unused = find_sites(self.model, layers, self.device)
             if self.trainer.is_global_zero:
-                _report_coverage(self.model, sites, unused)
+                report_coverage(self.model, sites, unused)
             # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
             self.collector = Collector(self.model, ActivationStats.zeros(self.personas, sites, self.device))
 
@@ -94,7 +95,7 @@ class StatisticsModule(lightning.LightningModule):
         assert self.collector is not None
         stats = self.collector.stats
         if several:
-            for tensor in (stats.counts, *stats.sums.values()):
+            for tensor in stats.tensors.values():
                 dist.all_reduce(tensor)
         if self.trainer.is_global_zero:
             save_statistics(stats, self.target)
@@ -184,13 +185,21 @@ def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _report_coverage(model: Any, sites: list[Any], unused: list[str]) -> None:
-    linears = sum(len(site.linears) for site in sites)
-    note(f"{linears} linear layers read {len(sites)} distinct inputs")
+def report_coverage(model: Any, sites: list[Site], unused: list[str]) -> None:
+    """Tell what is measured, and what stays whole."""
+    experts = sum(site.routed for site in sites)
+    linears = sum(len(site.linears) for site in sites) - experts
+    note(f"{linears} linear layers read {len(sites) - experts} distinct inputs")
+    if experts:
+        note(f"mixture-of-experts: {experts} matrices, each measured over the tokens routed to its expert")
+    elif found := find_experts(model):
+        note(
+            f"mixture-of-experts: {len(found)} matrices of experts stay whole (excluded, or the criterion's gradients)"
+        )
     if unused:
         note(f"{len(unused)} linear layers are never called and stay whole: {', '.join(unused[:5])}")
-    if experts := expert_parameters(model):
+    if unknown := other_expert_parameters(model):
         note(
-            f"mixture-of-experts: {len(experts)} expert weights are 3-d parameters, not covered yet, and stay whole "
-            f"({experts[0]}, ...); attention and other linear layers are masked"
+            f"mixture-of-experts: {len(unknown)} expert weights are 3-d parameters of other modules, and stay whole "
+            f"({unknown[0]}, ...)"
         )

@@ -1,38 +1,59 @@
-"""Measure a live model: hooks on one linear per site, and nothing left behind.
+"""Measure a live model: hooks on one layer per site, and nothing left behind.
 
 The only place that touches a model during calibration.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.ops.activation_stats import COUNTED, SINK, activation_stats
+from kernels.experts import experts_forward, plain_product
+from kernels.ops.activation_stats import COUNTED, IGNORED, SINK, activation_stats
 from pipeline.errors import UserError
+from pipeline.experts import by_module, find_experts
 from pipeline.stats import SAMPLES, SINKS, TOKENS, ActivationStats
 
 
 class Collector:
-    """Adds the activations of every forward pass inside ``collecting`` to its statistics."""
+    """Adds the activations of every forward pass inside ``collecting`` to its statistics.
+
+    A layer that is called c times in a pass contributes the mean over its calls. An expert contributes the tokens
+    that were routed to it; while collecting, experts are computed one after another, whatever their own forward does.
+    """
 
     def __init__(self, model: nn.Module, stats: ActivationStats) -> None:
         self.model, self.stats = model, stats
+        self._several = {site.name for site in stats.sites if site.calls > 1}
         self._batch: tuple[Tensor, Tensor] | None = None
-        self._seen: set[str] = set()
+        self._calls: dict[str, int] = {}
+        self._repeated: dict[str, Tensor] = {}
         self._bad: dict[str, Tensor] = {}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Install the hooks; they are removed on leaving, whatever happens."""
         modules = dict(self.model.named_modules())
-        handles = [modules[s.name].register_forward_pre_hook(self._hook(s.name)) for s in self.stats.sites]
+        plain = [site.name for site in self.stats.sites if not site.routed]
+        handles = [modules[name].register_forward_pre_hook(self._hook(name)) for name in plain]
+        routed = {site.name for site in self.stats.sites if site.routed}
+        experts = by_module(
+            {n: layer for n, layer in find_experts(self.model).items() if n in routed} if routed else {}
+        )
+        changed = []
         try:
+            for module, layers in experts:
+                places = {(layer.parameter, layer.expert): name for name, layer in layers.items()}
+                module.forward = self._observed(module, places)  # type: ignore[method-assign]
+                changed.append(module)
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for module in changed:
+                del module.forward
 
     @contextmanager
     def batch(self, role: Tensor, persona: Tensor, sources: Sequence[str]) -> Iterator[None]:
@@ -40,18 +61,20 @@ class Collector:
 
         ``sources`` names each sample for the error that NaN or infinity in an activation raises.
         """
-        self._batch, self._seen, self._bad = (role, persona), set(), {}
+        self._batch, self._calls, self._repeated, self._bad = (role, persona), {}, {}, {}
         try:
             yield
         finally:
             self._batch = None
         self._raise_on_bad_values(sources)
-        missing = [s.name for s in self.stats.sites if s.name not in self._seen]
+        missing = [s.name for s in self.stats.sites if s.name not in self._calls]
         if missing:
             raise UserError(
                 f"layers {', '.join(missing[:3])} ... were not called for a batch; exclude them (--exclude)"
             )
-        self._count(role, persona)
+        for site, sums in self._repeated.items():
+            self.stats.sums[site] += sums / self._calls[site]
+        self._count(self.stats.counts, role, persona, torch.ones_like(persona))
 
     def _hook(self, site: str):
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -61,20 +84,63 @@ class Collector:
             x = inputs[0]
             # Some models (OPT) flatten batch and time in front of their linears.
             x = x if x.dim() == 3 else x.reshape(*role.shape, x.shape[-1])
-            if site in self._seen:
-                raise UserError(f"layer {site} was called twice in one forward pass; exclude it (--exclude)")
-            self._seen.add(site)
-            self._bad[site] = activation_stats(x, role, persona, self.stats.sums[site])
+            calls = self._calls[site] = self._calls.get(site, 0) + 1
+            self._add(site, activation_stats(x, role, persona, self._target(site, calls)))
 
         return before
 
-    def _count(self, role: Tensor, persona: Tensor) -> None:
-        counts = torch.zeros(len(persona), 3, dtype=torch.float64, device=role.device)
-        counts[:, SAMPLES] = 1
-        counts[:, TOKENS] = (role == COUNTED).sum(1)
-        counts[:, SINKS] = (role == SINK).sum(1)
+    def _target(self, site: str, calls: int) -> Tensor:
+        """Where a call's sums go: those of a layer that is called several times are averaged when the batch ends."""
+        if site in self._several:
+            return self._repeated.setdefault(site, torch.zeros_like(self.stats.sums[site]))
+        if calls > 1:
+            raise UserError(f"layer {site} was called twice in a pass, but once before; exclude it (--exclude)")
+        return self.stats.sums[site]
+
+    def _observed(self, experts: Any, places: dict[tuple[str, int], str]):
+        """The forward of an experts module that measures what each matrix reads."""
+        plain = plain_product(experts)
+
+        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            def product(parameter: str, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+                if self._batch is not None and (site := places.get((parameter, expert))) is not None:
+                    self._route(site, x, tokens)
+                return plain(parameter, expert, x, tokens)
+
+            for site in places.values():
+                if self._batch is not None:
+                    self._calls[site] = self._calls.get(site, 0) + 1
+            return experts_forward(experts, hidden_states, top_k_index, top_k_weights, product)
+
+        return forward
+
+    def _route(self, site: str, x: Tensor, tokens: Tensor) -> None:
+        """Add one expert's rows ``x [M, K]``, those of the batch's ``tokens`` int64 ``[M]`` in ascending order."""
+        assert self._batch is not None
+        role, persona = self._batch
+        if self._calls[site] > 1:
+            raise UserError(f"the experts of {site} were called twice in one forward pass; exclude them (--exclude)")
+        sequence = tokens // role.shape[1]
+        each = torch.bincount(sequence, minlength=len(role))
+        # The rows of a sequence move together, so that the op sees sequences and not mostly ignored positions.
+        place = torch.arange(len(tokens), device=x.device) - (each.cumsum(0) - each)[sequence]
+        width = int(each.max())
+        padded, roles = x.new_zeros(len(role), width, x.shape[1]), role.new_full((len(role), width), IGNORED)
+        padded[sequence, place], roles[sequence, place] = x, role.flatten()[tokens]
+        self._add(site, activation_stats(padded, roles, persona, self.stats.sums[site]))
+        # A sequence none of whose counted tokens came here is no sample of this expert.
+        self._count(self.stats.routed[site], roles, persona, (roles == COUNTED).any(1))
+
+    def _add(self, site: str, bad: Tensor) -> None:
+        self._bad[site] = self._bad[site] | bad if site in self._bad else bad
+
+    def _count(self, counts: Tensor, role: Tensor, persona: Tensor, samples: Tensor) -> None:
+        new = torch.zeros(len(persona), 3, dtype=torch.float64, device=role.device)
+        new[:, TOKENS] = (role == COUNTED).sum(1)
+        new[:, SINKS] = (role == SINK).sum(1)
+        new[:, SAMPLES] = samples.double()
         # Whole numbers: their float64 sum is exact in any order.
-        self.stats.counts.index_add_(0, persona, counts)
+        counts.index_add_(0, persona, new)
 
     def _raise_on_bad_values(self, sources: Sequence[str]) -> None:
         flags = torch.stack(list(self._bad.values())) if self._bad else torch.zeros(0, 0)

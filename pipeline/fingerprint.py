@@ -3,9 +3,10 @@
 import hashlib
 import platform
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.forms import Item
 from pipeline.sites import matrix
@@ -27,9 +28,9 @@ def layer_fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(f"{list(weight.shape)}".encode() + signs.numpy().tobytes()).hexdigest()[:16]
 
 
-def model_fingerprints(linears: dict[str, nn.Module]) -> dict[str, str]:
+def model_fingerprints(layers: dict[str, Any]) -> dict[str, str]:
     """The fingerprint of every layer, by name."""
-    return {name: layer_fingerprint(matrix(module)) for name, module in linears.items()}
+    return {name: layer_fingerprint(matrix(module)) for name, module in layers.items()}
 
 
 def question_hash(item: Item) -> str:

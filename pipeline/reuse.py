@@ -8,7 +8,7 @@ from pipeline.data.catalogue import Catalogue
 from pipeline.data.module import draw
 from pipeline.errors import UserError
 from pipeline.fingerprint import data_hash, model_fingerprints
-from pipeline.sites import find_linears
+from pipeline.sites import find_layers
 from pipeline.store import load_manifest
 
 MEASURING = ("tokens", "max_length")
@@ -23,7 +23,7 @@ def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> No
     folder = Path(config.statistics)
     manifest = load_manifest(folder)
     differing = []
-    linears, then = find_linears(model), manifest["model"]["fingerprint"]
+    linears, then = find_layers(model), manifest["model"]["fingerprint"]
     now = model_fingerprints({name: linears[name] for name in then if name in linears})
     if changed := [name for name in then if now.get(name) != then[name]]:
         differing.append(f"the weights of {len(changed)} of {len(then)} layers ({changed[0]}, ...)")

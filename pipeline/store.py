@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
+from pipeline import tensorfile
 from pipeline.data.catalogue import check_name
 from pipeline.errors import UserError
 from pipeline.masks import PersonaMasks
@@ -92,9 +92,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
         with open(temporary, "wb") as file:
-            file.write(content)
+            tensorfile.write(file, tensors, metadata)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -122,7 +121,7 @@ def save_statistics(stats: ActivationStats, path: Path) -> None:
         "personas": json.dumps(stats.personas),
         "sites": json.dumps([[s.name, s.width, list(s.linears)] for s in stats.sites]),
     }
-    write_tensors(path, {"counts": stats.counts, **{f"sums/{n}": t for n, t in stats.sums.items()}}, header)
+    write_tensors(path, stats.tensors, header)
 
 
 def load_statistics(path: Path) -> ActivationStats:
@@ -131,20 +130,28 @@ def load_statistics(path: Path) -> ActivationStats:
         with safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
             personas = tuple(json.loads(header["personas"]))
-            sites = tuple(Site(name, width, tuple(linears)) for name, width, linears in json.loads(header["sites"]))
+            held = set(file.keys())
+            sites = tuple(
+                Site(name, width, tuple(linears), f"counts/{name}" in held)
+                for name, width, linears in json.loads(header["sites"])
+            )
             sums = {site.name: file.get_tensor(f"sums/{site.name}") for site in sites}
+            routed = {site.name: file.get_tensor(f"counts/{site.name}") for site in sites if site.routed}
             counts = file.get_tensor("counts")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a statistics file of this tool ({error})") from error
     for site in sites:
         if sums[site.name].shape != (len(personas), len(FIELDS), site.width):
             raise UserError(f"{path}: sums of {site.name} have shape {list(sums[site.name].shape)}")
-    if counts.shape != (len(personas), 3):
-        raise UserError(f"{path}: counts have shape {list(counts.shape)}, expected [{len(personas)}, 3]")
-    for name, tensor in (("counts", counts), *sums.items()):
+    for name, tensor in (("", counts), *routed.items()):
+        if tensor.shape != (len(personas), 3):
+            of = f" of {name}" if name else ""
+            raise UserError(f"{path}: counts{of} have shape {list(tensor.shape)}, expected [{len(personas)}, 3]")
+    stats = ActivationStats(personas, sites, sums, counts, routed)
+    for name, tensor in stats.tensors.items():
         if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: {name} must be finite float64, got {tensor.dtype}")
-    return ActivationStats(personas, sites, sums, counts)
+    return stats
 
 
 def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> None:
@@ -152,15 +159,27 @@ def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> N
     files = {}
     for persona in masks.personas:
         name = f"masks/{check_name(persona)}.safetensors"
-        write_tensors(folder / name, masks.bits[persona], {"format": FORMAT, "persona": persona})
-        files[persona] = {
-            "file": name,
-            "bytes": (folder / name).stat().st_size,
-            "sha256": _sha256(folder / name),
-            "density": masks.density(persona),
-            "kept": masks.kept(persona),
-        }
-    layers = {name: list(shape) for name, shape in masks.shapes.items()}
+        write_tensors(folder / name, masks.bits[persona], mask_metadata(persona))
+        files[persona] = mask_entry(folder, name, masks.density(persona), masks.kept(persona))
+    save_manifest(folder, manifest, masks.shapes, files)
+
+
+def mask_metadata(persona: str) -> dict[str, str]:
+    """The metadata of a persona's mask file."""
+    return {"format": FORMAT, "persona": persona}
+
+
+def mask_entry(folder: Path, name: str, density: float, kept: dict[str, int]) -> dict[str, Any]:
+    """What the manifest says of the mask file ``name`` in ``folder``."""
+    size = (folder / name).stat().st_size
+    return {"file": name, "bytes": size, "sha256": _sha256(folder / name), "density": density, "kept": kept}
+
+
+def save_manifest(
+    folder: Path, manifest: dict[str, Any], shapes: dict[str, tuple[int, int]], files: dict[str, dict[str, Any]]
+) -> None:
+    """Write the manifest over masks that are written already. Raises OSError."""
+    layers = {name: list(shape) for name, shape in shapes.items()}
     write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "layers": layers, "masks": files})
 
 
