@@ -1,6 +1,7 @@
 """``python -m pipeline.calibrate``: measure personas on a model and write one mask each."""
 
 import dataclasses
+import datetime
 import sys
 import time
 from pathlib import Path
@@ -24,8 +25,10 @@ def calibrate(config: CalibrateConfig) -> Path:
     from lightning.pytorch.utilities import rank_zero_only
 
     from pipeline.data.catalogue import load_catalogue, neutral_set
-    from pipeline.store import check_output, staged_folder
+    from pipeline.provenance import RUN, circumstances
+    from pipeline.store import check_output, staged_folder, write_json
 
+    began = datetime.datetime.now(datetime.UTC)
     catalogue = load_catalogue(config.personas, compose=config.compose, strict=config.strict)
     if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
         raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda, sparse)")
@@ -40,8 +43,11 @@ def calibrate(config: CalibrateConfig) -> Path:
     started = time.monotonic()
     with staged_folder(config.output, config.overwrite) as staging:
         _measure(config, catalogue, staging, writes=True)
-        note(f"measured in {time.monotonic() - started:.1f} s")
+        measured = time.monotonic() - started
+        note(f"measured in {measured:.1f} s")
         _build(config, catalogue, staging)
+        seconds = {"measuring": measured, "masks": time.monotonic() - started - measured}
+        write_json(staging / RUN, circumstances(began, seconds, dataclasses.asdict(config)))
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")
     return config.output
 
@@ -122,12 +128,13 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
 
 def _manifest(config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, model: Any) -> dict[str, Any]:
     from pipeline.data.module import draw
-    from pipeline.fingerprint import data_hash, model_fingerprints, question_hash, versions
+    from pipeline.fingerprint import data_hash, model_fingerprints, question_hash
+    from pipeline.provenance import PLACE, commit, versions
     from pipeline.sites import find_linears
 
     linears = {name: m for name, m in find_linears(model).items() if name in masks.shapes}
     drawn = {s.plus: draw(s.split("calibration"), config.samples, config.seed) for s in catalogue.sets}
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE}
     counts = {p: [int(c) if c == int(c) else c for c in stats.counts[i].tolist()] for i, p in enumerate(stats.personas)}
     return {
         "model": {"id": config.model, "type": model.config.model_type, "fingerprint": model_fingerprints(linears)},
@@ -146,6 +153,7 @@ def _manifest(config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, m
         "counts": {"columns": ["samples", "counted tokens", "sink tokens"], "personas": counts},
         "options": options,
         "versions": versions(),
+        "commit": commit(),
     }
 
 

@@ -16,7 +16,7 @@ from pipeline.terminal import described
 
 def heading(schema: str, version: int, config: Any, manifest: dict[str, Any]) -> dict[str, Any]:
     """Schema, date, run, model, criterion, sparsity, options and versions of a measurement."""
-    from pipeline.fingerprint import versions
+    from pipeline.provenance import versions
 
     return {
         "schema": schema,

@@ -97,12 +97,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
         with open(temporary, "wb") as file:
-            file.write(content)
+            size = 8 + int.from_bytes(content[:8], "little")
+            file.write(_sorted_header(content[8:size]))
+            file.write(memoryview(content)[size:])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sorted_header(header: bytes) -> bytes:
+    """A safetensors header, behind its length, with its fields sorted: the library orders metadata at random."""
+    ordered = json.dumps(json.loads(header), sort_keys=True, separators=(",", ":")).encode()
+    # The data begins at a multiple of 8 bytes, as the format asks for.
+    ordered += b" " * (-len(ordered) % 8)
+    return len(ordered).to_bytes(8, "little") + ordered
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -169,13 +179,18 @@ def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> N
         write_tensors(folder / name, masks.bits[persona], {"format": FORMAT, "persona": persona})
         files[persona] = {
             "file": name,
-            "bytes": (folder / name).stat().st_size,
-            "sha256": _sha256(folder / name),
+            **_signed(folder / name),
             "density": masks.density(persona),
             "kept": masks.kept(persona),
         }
     layers = {name: list(shape) for name, shape in masks.shapes.items()}
-    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "layers": layers, "masks": files})
+    other = {"files": {STATISTICS: _signed(folder / STATISTICS)}} if (folder / STATISTICS).exists() else {}
+    content = {"format": FORMAT, "version": VERSION, **manifest, "layers": layers, "masks": files, **other}
+    write_json(folder / MANIFEST, content)
+
+
+def _signed(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -194,15 +209,23 @@ def load_manifest(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"layer shape {described(shape)}")
         _check_fields(manifest)
         for persona, entry in manifest["masks"].items():
-            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
-                raise ValueError(f"size and checksum of persona {persona!r}")
+            _check_signature(entry, persona)
             if entry["file"] != f"masks/{check_name(persona)}.safetensors":
                 raise ValueError(f"file name {described(entry['file'])} of persona {persona!r}")
+        for name, entry in manifest.get("files", {}).items():
+            if name != STATISTICS:
+                raise ValueError(f"file name {described(name)}")
+            _check_signature(entry, name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             shortened(f"{path}: not a manifest of this tool ({type(error).__name__}: {shortened(str(error))})", 2000)
         ) from error
     return manifest
+
+
+def _check_signature(entry: dict[str, Any], name: str) -> None:
+    if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+        raise ValueError(f"size and checksum of {name!r}")
 
 
 def _check_fields(manifest: dict[str, Any]) -> None:
@@ -239,14 +262,7 @@ def load_masks(folder: Path) -> PersonaMasks:
 
 
 def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    if size != entry["bytes"]:
-        raise UserError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; the file is truncated or altered")
-    if not path.is_file() or _sha256(path) != entry["sha256"]:
-        raise UserError(f"{path}: the checksum differs from the manifest's; the file is altered")
+    size = check_file(path, entry)
     expected = sum(rows * bytes_of(columns) for rows, columns in shapes.values())
     if size < expected:
         raise UserError(f"{path}: {size} bytes cannot hold {expected} bytes of masks")
@@ -263,6 +279,21 @@ def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int
         if columns % 8 and bool((bits[name][:, -1] >> columns % 8).any()):
             raise UserError(f"{path}: the mask of {name} has bits behind its last column")
     return bits
+
+
+def check_file(path: Path, entry: dict[str, Any]) -> int:
+    """The size of a file that is as the manifest's ``entry`` says. Raises UserError."""
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise UserError(
+                f"{path}: {size} bytes, the manifest says {entry['bytes']}; the file is truncated or altered"
+            )
+        if not path.is_file() or _sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: the checksum differs from the manifest's; the file is altered")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return size
 
 
 def bytes_of(columns: int) -> int:

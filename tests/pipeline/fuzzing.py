@@ -29,6 +29,7 @@ from pipeline.data.questionnaire import load_questionnaire
 from pipeline.data.voices import load_voices
 from pipeline.errors import UserError
 from pipeline.gathered import gather, points_of, read_evaluation
+from pipeline.inspect import inspect
 from pipeline.masks import PersonaMasks
 from pipeline.sites import Site
 from pipeline.stats import ActivationStats
@@ -144,6 +145,7 @@ def _evaluation(folder: Path) -> None:
 READERS = (
     Reader("manifest", "manifest.json", load_manifest),
     Reader("manifest of masks", "manifest.json", load_masks),
+    Reader("inspect", "manifest.json", inspect),
     Reader("masks", "masks/fox.safetensors", load_masks),
     Reader("signed masks", "masks/fox.safetensors", load_masks, signed=True),
     Reader("statistics", "statistics.safetensors", lambda f: load_statistics(f / "statistics.safetensors")),
