@@ -11,14 +11,20 @@ from torch import Tensor, nn
 
 from kernels.ops.activation_stats import COUNTED, SINK, activation_stats
 from pipeline.errors import UserError
+from pipeline.exact import ExactSums
 from pipeline.stats import SAMPLES, SINKS, TOKENS, ActivationStats
 
 
 class Collector:
-    """Adds the activations of every forward pass inside ``collecting`` to its statistics."""
+    """Adds the activations of every forward pass inside ``collecting`` to its statistics.
 
-    def __init__(self, model: nn.Module, stats: ActivationStats) -> None:
+    With ``exact``, sums go to ``self.exact`` by site instead, where their order makes no difference; ``settle`` moves
+    them to the statistics.
+    """
+
+    def __init__(self, model: nn.Module, stats: ActivationStats, *, exact: bool = False) -> None:
         self.model, self.stats = model, stats
+        self.exact = {name: ExactSums(sums) for name, sums in stats.sums.items()} if exact else {}
         self._batch: tuple[Tensor, Tensor] | None = None
         self._seen: set[str] = set()
         self._bad: dict[str, Tensor] = {}
@@ -64,9 +70,28 @@ class Collector:
             if site in self._seen:
                 raise UserError(f"layer {site} was called twice in one forward pass; exclude it (--exclude)")
             self._seen.add(site)
-            self._bad[site] = activation_stats(x, role, persona, self.stats.sums[site])
+            if site in self.exact:
+                present, place = persona.unique(return_inverse=True)
+                part = self.stats.sums[site].new_zeros(len(present), *self.stats.sums[site].shape[1:])
+                self._bad[site] = activation_stats(x, role, place, part)
+                self.exact[site].add(present, part)
+            else:
+                self._bad[site] = activation_stats(x, role, persona, self.stats.sums[site])
 
         return before
+
+    def tensors(self) -> list[Tensor]:
+        """What adds up over devices: the sums of all sites and the counts."""
+        sums = [e.pieces for e in self.exact.values()] if self.exact else list(self.stats.sums.values())
+        return [self.stats.counts, *sums]
+
+    def settle(self) -> None:
+        """Round the exact sums into the statistics. Raises UserError where they are too large."""
+        for site, sums in self.exact.items():
+            try:
+                self.stats.sums[site].copy_(sums.value())
+            except OverflowError as error:
+                raise UserError(f"layer {site}: {error}; leave out --deterministic") from error
 
     def _count(self, role: Tensor, persona: Tensor) -> None:
         counts = torch.zeros(len(persona), 3, dtype=torch.float64, device=role.device)

@@ -129,6 +129,10 @@ class CalibrateConfig:
     """auto, ddp, ddp_fork, ...: how Lightning starts and joins the processes."""
     precision: str = "32-true"
     """32-true, bf16-true, 16-true, bf16-mixed, ...: of the forward pass; statistics are float64 always."""
+    deterministic: bool = False
+    """Make masks and statistics the same, bit for bit, on any number of devices of one kind: sums that do not depend on
+    their order (four times the memory of the statistics), gradients added batch by batch in one order, one thread per
+    process on a CPU (more processes use more cores)."""
     statistics: str = ""
     """Folder of an earlier run: take its statistics and only score anew (model and personas must be the same)."""
     output: Path = Path("runs/masks")
