@@ -1,6 +1,7 @@
 """``python -m pipeline.calibrate``: measure personas on a model and write one mask each."""
 
 import dataclasses
+import datetime
 import sys
 import time
 from pathlib import Path
@@ -24,8 +25,10 @@ def calibrate(config: CalibrateConfig) -> Path:
     from lightning.pytorch.utilities import rank_zero_only
 
     from pipeline.data.catalogue import load_catalogue, neutral_set
-    from pipeline.store import check_output, staged_folder
+    from pipeline.provenance import RUN, circumstances
+    from pipeline.store import check_output, staged_folder, write_json
 
+    began = datetime.datetime.now(datetime.UTC)
     catalogue = load_catalogue(config.personas, compose=config.compose, strict=config.strict)
     if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
         raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda, sparse)")
@@ -41,10 +44,14 @@ def calibrate(config: CalibrateConfig) -> Path:
     with staged_folder(config.output, config.overwrite) as staging:
         if config.stream:
             _stream(config, catalogue, staging)
+            seconds = {"streaming": time.monotonic() - started}
         else:
             _measure(config, catalogue, staging, writes=True)
-            note(f"measured in {time.monotonic() - started:.1f} s")
+            measured = time.monotonic() - started
+            note(f"measured in {measured:.1f} s")
             _build(config, catalogue, staging)
+            seconds = {"measuring": measured, "masks": time.monotonic() - started - measured}
+        write_json(staging / RUN, circumstances(began, seconds, dataclasses.asdict(config)))
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")
     return config.output
 
@@ -185,8 +192,9 @@ def _manifest(
     """Everything that the manifest says, but for the files; ``removed``: persona -> share of the weights."""
     from pipeline.building import composed
     from pipeline.data.module import draw
-    from pipeline.fingerprint import data_hash, question_hash, versions
+    from pipeline.fingerprint import data_hash, question_hash
     from pipeline.pooling import pooled_experts
+    from pipeline.provenance import PLACE, commit, versions
     from pipeline.sites import find_layers
 
     pooled = pooled_experts(composed(stats, catalogue), catalogue, config)
@@ -197,7 +205,7 @@ def _manifest(
             f"scored by all experts of their layer (manifest.json lists them for every persona)"
         )
     drawn = {s.plus: draw(s.split("calibration"), config.samples, config.seed) for s in catalogue.sets}
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE}
     counts = {p: [int(c) if c == int(c) else c for c in stats.counts[i].tolist()] for i, p in enumerate(stats.personas)}
     return {
         "model": {"id": config.model, "type": model.config.model_type, "fingerprint": fingerprints},
@@ -217,6 +225,7 @@ def _manifest(
         "counts": {"columns": ["samples", "counted tokens", "sink tokens"], "personas": counts},
         "options": options,
         "versions": versions(),
+        "commit": commit(),
     }
 
 

@@ -59,7 +59,7 @@ class StatisticsModule(lightning.LightningModule):
             self.model = load_model(self.config.model, dtype)
 
     def on_predict_start(self) -> None:
-        spread_threads(self.trainer, self.device)
+        spread_threads(self.trainer, self.device, self.config.deterministic)
         with self._noting():
             layers = maskable(self.model, self.config)
             check_causal(self.model, self.device)
@@ -67,7 +67,8 @@ class StatisticsModule(lightning.LightningModule):
             if self.trainer.is_global_zero:
                 report_coverage(self.model, sites, unused)
             # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
-            self.collector = Collector(self.model, ActivationStats.zeros(self.personas, sites, self.device))
+            stats = ActivationStats.zeros(self.personas, sites, self.device)
+            self.collector = Collector(self.model, stats, exact=self.config.deterministic)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         if not batch.sources or self.failure is not None:
@@ -93,12 +94,12 @@ class StatisticsModule(lightning.LightningModule):
                 (self.target.parent / FAILURE).write_text(self.failure, encoding="utf-8")
             return
         assert self.collector is not None
-        stats = self.collector.stats
         if several:
-            for tensor in stats.tensors.values():
+            for tensor in self.collector.tensors():
                 dist.all_reduce(tensor)
+        self.collector.settle()
         if self.trainer.is_global_zero:
-            save_statistics(stats, self.target)
+            save_statistics(self.collector.stats, self.target)
         self.trainer.strategy.barrier("statistics written")
 
     def raise_failure(self) -> None:
@@ -174,9 +175,14 @@ def run_pass(config: CalibrateConfig, module: Any, data: Any, *, gradients: bool
         torch.set_num_threads(threads)
 
 
-def spread_threads(trainer: Any, device: torch.device) -> None:
-    """On a CPU, share the cores among the processes of this machine."""
-    if trainer.world_size > 1 and device.type == "cpu":
+def spread_threads(trainer: Any, device: torch.device, deterministic: bool = False) -> None:
+    """On a CPU, share the cores among the processes of this machine.
+
+    A gradient's rounding depends on the number of threads: ``deterministic`` means one, however many processes.
+    """
+    if deterministic and device.type == "cpu":
+        torch.set_num_threads(1)
+    elif trainer.world_size > 1 and device.type == "cpu":
         local = max(1, trainer.world_size // trainer.num_nodes)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 

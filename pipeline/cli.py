@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.terminal import printable
 
 C = TypeVar("C")
 
@@ -36,7 +37,7 @@ def parse(config: type[C], description: str, argv: list[str] | None) -> C:
     try:
         return config(**values)
     except UserError as error:
-        parser.error(str(error))
+        parser.error(printable(str(error)))
 
 
 def _normalised(argv: list[str], switches: set[str]) -> list[str]:
@@ -63,7 +64,7 @@ def run(main: Callable[[], Any]) -> int:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -85,4 +86,4 @@ def quiet_libraries() -> None:
 
 def note(message: str) -> None:
     """A line for the person at the terminal (stderr, so that stdout stays machine-readable)."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels.experts import experts_forward, plain_product
 from kernels.ops.activation_stats import COUNTED, IGNORED, SINK, activation_stats
 from pipeline.errors import UserError
+from pipeline.exact import ExactSums
 from pipeline.experts import by_module, find_experts
 from pipeline.stats import SAMPLES, SINKS, TOKENS, ActivationStats
 
@@ -22,11 +23,15 @@ class Collector:
 
     A layer that is called c times in a pass contributes the mean over its calls. An expert contributes the tokens
     that were routed to it; while collecting, experts are computed one after another, whatever their own forward does.
+
+    With ``exact``, sums go to ``self.exact`` by site instead, where their order makes no difference; ``settle`` moves
+    them to the statistics.
     """
 
-    def __init__(self, model: nn.Module, stats: ActivationStats) -> None:
+    def __init__(self, model: nn.Module, stats: ActivationStats, *, exact: bool = False) -> None:
         self.model, self.stats = model, stats
         self._several = {site.name for site in stats.sites if site.calls > 1}
+        self.exact = {name: ExactSums(sums) for name, sums in stats.sums.items()} if exact else {}
         self._batch: tuple[Tensor, Tensor] | None = None
         self._calls: dict[str, int] = {}
         self._repeated: dict[str, Tensor] = {}
@@ -73,7 +78,11 @@ class Collector:
                 f"layers {', '.join(missing[:3])} ... were not called for a batch; exclude them (--exclude)"
             )
         for site, sums in self._repeated.items():
-            self.stats.sums[site] += sums / self._calls[site]
+            mean = sums / self._calls[site]
+            if site in self.exact:
+                self.exact[site].add(torch.arange(len(mean), device=mean.device), mean)
+            else:
+                self.stats.sums[site] += mean
         self._count(self.stats.counts, role, persona, torch.ones_like(persona))
 
     def _hook(self, site: str):
@@ -85,17 +94,24 @@ class Collector:
             # Some models (OPT) flatten batch and time in front of their linears.
             x = x if x.dim() == 3 else x.reshape(*role.shape, x.shape[-1])
             calls = self._calls[site] = self._calls.get(site, 0) + 1
-            self._add(site, activation_stats(x, role, persona, self._target(site, calls)))
+            self._add(site, self._sum(site, x, role, persona, calls))
 
         return before
 
-    def _target(self, site: str, calls: int) -> Tensor:
-        """Where a call's sums go: those of a layer that is called several times are averaged when the batch ends."""
+    def _sum(self, site: str, x: Tensor, role: Tensor, persona: Tensor, calls: int) -> Tensor:
+        """Add a call's sums: those of a layer that is called several times are averaged when the batch ends."""
+        sums = self.stats.sums[site]
         if site in self._several:
-            return self._repeated.setdefault(site, torch.zeros_like(self.stats.sums[site]))
+            return activation_stats(x, role, persona, self._repeated.setdefault(site, torch.zeros_like(sums)))
         if calls > 1:
             raise UserError(f"layer {site} was called twice in a pass, but once before; exclude it (--exclude)")
-        return self.stats.sums[site]
+        if site not in self.exact:
+            return activation_stats(x, role, persona, sums)
+        present, place = persona.unique(return_inverse=True)
+        part = sums.new_zeros(len(present), *sums.shape[1:])
+        bad = activation_stats(x, role, place, part)
+        self.exact[site].add(present, part)
+        return bad
 
     def _observed(self, experts: Any, places: dict[tuple[str, int], str]):
         """The forward of an experts module that measures what each matrix reads."""
@@ -127,9 +143,23 @@ class Collector:
         width = int(each.max())
         padded, roles = x.new_zeros(len(role), width, x.shape[1]), role.new_full((len(role), width), IGNORED)
         padded[sequence, place], roles[sequence, place] = x, role.flatten()[tokens]
-        self._add(site, activation_stats(padded, roles, persona, self.stats.sums[site]))
+        self._add(site, self._sum(site, padded, roles, persona, 1))
         # A sequence none of whose counted tokens came here is no sample of this expert.
         self._count(self.stats.routed[site], roles, persona, (roles == COUNTED).any(1))
+
+    def tensors(self) -> list[Tensor]:
+        """What adds up over devices: the sums of all sites and the counts."""
+        if not self.exact:
+            return list(self.stats.tensors.values())
+        return [self.stats.counts, *self.stats.routed.values(), *(one.pieces for one in self.exact.values())]
+
+    def settle(self) -> None:
+        """Round the exact sums into the statistics. Raises UserError where they are too large."""
+        for site, sums in self.exact.items():
+            try:
+                self.stats.sums[site].copy_(sums.value())
+            except OverflowError as error:
+                raise UserError(f"layer {site}: {error}; leave out --deterministic") from error
 
     def _add(self, site: str, bad: Tensor) -> None:
         self._bad[site] = self._bad[site] | bad if site in self._bad else bad

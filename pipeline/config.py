@@ -138,6 +138,10 @@ class CalibrateConfig:
     stream_buffer: float = 1.0
     """--stream: GiB of hidden states that are held in memory between two blocks; what is beyond lies on disk, beside
     the output."""
+    deterministic: bool = False
+    """Make masks and statistics the same, bit for bit, on any number of devices of one kind: sums that do not depend on
+    their order (four times the memory of the statistics), gradients added batch by batch in one order, one thread per
+    process on a CPU (more processes use more cores)."""
     statistics: str = ""
     """Folder of an earlier run: take its statistics and only score anew (model and personas must be the same)."""
     output: Path = Path("runs/masks")

@@ -1,7 +1,6 @@
 """What identifies a model and a data set, so that a mask is never put on other weights unnoticed."""
 
 import hashlib
-import platform
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,16 +45,3 @@ def data_hash(items: Iterable[Item]) -> str:
         for text in (item.question, item.matching, item.other or ""):
             digest.update(text.encode() + b"\x00")
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    import lightning
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-    }

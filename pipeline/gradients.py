@@ -55,6 +55,27 @@ class Moments:
         self.total[layer].add_(scaled, alpha=self.share / SCALE)
         self.square[layer].addcmul_(scaled, scaled, value=self.share / SCALE**2)
 
+    def add_in_order(self, linears: dict[str, Any], share: float) -> None:
+        """Add the gradients that lie in the weights on all ranks, in the order of the ranks, and free them.
+
+        Batches are dealt out in turn, so this is the order of one process. ``share`` is 0 on a rank without a batch.
+        """
+        some = next(iter(self.total.values()))
+        own_share = torch.tensor([share], dtype=torch.float64, device=some.device)
+        shares = [torch.empty_like(own_share) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, own_share)
+        for layer, module in linears.items():
+            weight = module.weight
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
+            parts = [torch.empty_like(own) for _ in shares]
+            dist.all_gather(parts, own)
+            weight.grad = None
+            for one, part in zip(shares, parts, strict=True):
+                if one:
+                    self.share = float(one)
+                    self.add(layer, part)
+        self.batches += sum(bool(one) for one in shares)
+
     def error(self, layer: str) -> Tensor:
         """Standard error of ``total[layer]``; 0 with fewer than two batches, which say nothing of the spread."""
         if self.batches < 2:
@@ -77,10 +98,11 @@ class Moments:
 
 
 @contextmanager
-def accumulating(linears: dict[str, Any]) -> Iterator[Moments]:
+def accumulating(linears: dict[str, Any], *, at_once: bool = True) -> Iterator[Moments]:
     """The moments of the gradients of all backward passes inside, in each weight's own layout.
 
-    A layer's gradient is added and freed as soon as it is known.
+    A layer's gradient is added and freed as soon as it is known; without ``at_once`` it stays in the weight, for
+    ``Moments.add_in_order``.
     """
     moments = Moments(linears)
     handles = []
@@ -96,7 +118,8 @@ def accumulating(linears: dict[str, Any]) -> Iterator[Moments]:
     for name, module in linears.items():
         weight: Any = module.weight
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(adder(name)))
+        if at_once:
+            handles.append(weight.register_post_accumulate_grad_hook(adder(name)))
     try:
         yield moments
     finally:
@@ -202,17 +225,20 @@ class GradientModule(lightning.LightningModule):
             self.model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
 
     def on_predict_start(self) -> None:
-        spread_threads(self.trainer, self.device)
+        spread_threads(self.trainer, self.device, self.config.deterministic)
+        self.in_order = self.config.deterministic and self.trainer.world_size > 1
         self.linears = find_linears(self.model, self.config.include, self.config.exclude)
-        self._context = accumulating(self.linears)
+        self._context = accumulating(self.linears, at_once=not self.in_order)
         self.moments = self._context.__enter__()
 
     def predict_step(self, step: Step, batch_idx: int) -> None:
         if step.terms:
             self.moments.share = step.share
             backward(self.model, step.terms, self.pad, step.share)
-            self.moments.batches += 1
+            self.moments.batches += not self.in_order
             self.tokens_done += sum(len(term.encoded) for term in step.terms)
+        if self.in_order:
+            self.moments.add_in_order(self.linears, step.share if step.terms else 0.0)
         if step.last:
             self._finish(step.name)
 
@@ -220,7 +246,7 @@ class GradientModule(lightning.LightningModule):
         self._context.__exit__(None, None, None)
 
     def _finish(self, name: str) -> None:
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not self.in_order:
             self.moments.reduce()
         if self.trainer.is_global_zero:
             if self.moments.batches < 2:

@@ -9,7 +9,7 @@ from pipeline.data.module import draw
 from pipeline.errors import UserError
 from pipeline.fingerprint import data_hash, model_fingerprints
 from pipeline.sites import find_layers
-from pipeline.store import load_manifest
+from pipeline.store import STATISTICS, check_file, load_manifest
 
 MEASURING = ("tokens", "max_length")
 """Options that change what is measured on an item."""
@@ -22,6 +22,8 @@ def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> No
     """
     folder = Path(config.statistics)
     manifest = load_manifest(folder)
+    if STATISTICS in manifest.get("files", {}):
+        check_file(folder / STATISTICS, manifest["files"][STATISTICS])
     differing = []
     linears, then = find_layers(model), manifest["model"]["fingerprint"]
     now = model_fingerprints({name: linears[name] for name in then if name in linears})

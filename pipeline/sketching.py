@@ -160,7 +160,7 @@ class SketchModule(lightning.LightningModule):
             self.model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
 
     def on_predict_start(self) -> None:
-        spread_threads(self.trainer, self.device)
+        spread_threads(self.trainer, self.device, self.config.deterministic)
         linears = find_linears(self.model, self.config.include, self.config.exclude)
         self._context = sketching(self.model, linears, Coordinates(linears, self.config.seed))
         self.sketcher = self._context.__enter__()
