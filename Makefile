@@ -5,6 +5,9 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 DEMO   ?= runs/demo
+# Test processes, one thread each. A file's tests stay together: their fixtures are expensive.
+JOBS   ?= 2
+TEST   := $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help setup model demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help
@@ -35,10 +38,10 @@ demo: model  ## calibrate one pair of personas on the embedded model, evaluate i
 	@echo "masks: $(DEMO)/masks   report: $(DEMO)/report.html   talk to it: $(RUN) -m pipeline.chat $(DEMO)"
 
 test: model  ## the test suite (a few minutes)
-	$(RUN) -m pytest
+	$(TEST)
 
 test-slow: model  ## the long tests too
-	$(RUN) -m pytest -m 'slow or not slow'
+	$(TEST) -m 'slow or not slow'
 
 lint: setup  ## style, format, types
 	$(RUN) -m ruff check .

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "simd/elements.h"
 
@@ -32,12 +33,22 @@ inline void check_cpu(const Tensor& tensor, const char* name, int64_t dims) {
   STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
 }
 
-/// A contiguous tensor of one dtype whose elements can be read or written through a plain pointer.
-inline void check_plain(const Tensor& tensor, const char* name, ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
+/// A contiguous tensor of one dtype whose elements can be read or written through a plain pointer. Sizes are compared
+/// one by one: the product of sizes that come from different tensors can overflow.
+inline void check_plain(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+  check_cpu(tensor, name, static_cast<int64_t>(sizes.size()));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ", tensor.numel());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ",
+                    tensor.size(dim));
+    ++dim;
+  }
 }
+
+/// Bytes of a packed row.
+inline int64_t bytes_of(int64_t columns) { return columns / 8 + (columns % 8 != 0); }
 
 /// How many parts `count` items are worth on torch's threads, if a part should have at least `least`.
 inline int64_t parts_of(int64_t count, int64_t least) {

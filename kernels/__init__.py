@@ -26,6 +26,7 @@ _HOME = {
     "SparseWeight": "kernels.ops.sparse_linear",
     "MaskedLinear": "kernels.layers",
     "PersonaSelector": "kernels.layers",
+    "MaskedExperts": "kernels.experts",
 }
 
 __all__ = list(_HOME)

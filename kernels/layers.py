@@ -27,7 +27,7 @@ class PersonaSelector:
         self.gamma = 0.0
         # Layers whose materialized copy a new choice makes stale. A flag on the layer and not a counter
         # here: a compiled graph would specialise on every value of the counter.
-        self._holders: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
+        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._choice: tuple[int, ...] = (-1,)
         self._index: dict[torch.device, Tensor] = {}
 

@@ -11,11 +11,11 @@ from kernels.ops.pack_bits import unpack_bits
 from pipeline.config import CalibrateConfig, Sparsity
 from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import Catalogue
-from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
 from pipeline.gradients import Gradients
 from pipeline.masks import PersonaMasks
-from pipeline.sites import find_linears, matrix
+from pipeline.pooling import Pooled, compared
+from pipeline.sites import maskable, matrix
 from pipeline.stats import ActivationStats, ChannelStats
 
 
@@ -37,32 +37,32 @@ def build_masks(
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
     personas = [only] if only else catalogue.personas
-    linears = find_linears(model, config.include, config.exclude)
     where = {linear: site.name for site in stats.sites for linear in site.linears}
     widths = {site.name: site.width for site in stats.sites}
     shapes: dict[str, tuple[int, int]] = {}
     bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in personas}
-    for name, module in linears.items():
+    pooled = Pooled(stats, config.expert_tokens)
+    for name, module in maskable(model, config).items():
         if name not in where or (layers and name not in layers):
             continue
         weight = matrix(module)
         if widths[where[name]] != weight.shape[1]:
             raise UserError(f"layer {name} has {weight.shape[1]} inputs, the statistics have {widths[where[name]]}")
         shapes[name] = (weight.shape[0], weight.shape[1])
-        channels: dict[str, ChannelStats] = {}
+        channels: dict[tuple[str, bool], ChannelStats] = {}
         for persona in personas:
-            measured = NEUTRAL if config.criterion == "neutral" else persona
-            opponent = catalogue.opponents.get(persona)
+            measured, opponent = compared(persona, catalogue, config)
+            few = pooled.needed(where[name], (measured, opponent))
             for one in filter(None, (measured, opponent)):
-                if one not in channels:
-                    channels[one] = stats.channels(one, where[name])
+                if (one, few) not in channels:
+                    channels[one, few] = pooled.of(one, name) if few else stats.channels(one, where[name])
             taken = bits[opponent].get(name) if config.disjoint and opponent in bits else None
             layer = Layer(
                 name,
                 weight,
                 persona,
-                channels[measured],
-                channels[opponent] if opponent else None,
+                channels[measured, few],
+                channels[opponent, few] if opponent else None,
                 sparsity.keep(name, weight.shape[1]),
                 config.activation,
                 config.temperature,
@@ -81,7 +81,7 @@ def shapes_of(model: Any, stats: ActivationStats, config: CalibrateConfig) -> di
     measured = {linear for site in stats.sites for linear in site.linears}
     found = {
         name: (matrix(module).shape[0], matrix(module).shape[1])
-        for name, module in find_linears(model, config.include, config.exclude).items()
+        for name, module in maskable(model, config).items()
         if name in measured
     }
     if not found:

@@ -1,6 +1,7 @@
 """``python -m pipeline.calibrate``: measure personas on a model and write one mask each."""
 
 import dataclasses
+import datetime
 import shlex
 import sys
 import time
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import note, parse, quiet_libraries, run
-from pipeline.config import CONTRASTIVE, FIRST_ORDER, CalibrateConfig
+from pipeline.config import CONTRASTIVE, FIRST_ORDER, WHITENED, CalibrateConfig
 from pipeline.errors import UserError
 from pipeline.signals import Stop, handled
+from pipeline.terminal import printable
 
 DESCRIPTION = (
     "Measure the activation statistics of personas on a language model, score every weight, keep the best, and write "
@@ -27,8 +29,11 @@ def calibrate(config: CalibrateConfig) -> Path:
     from lightning.pytorch.utilities import rank_zero_only
 
     from pipeline.data.catalogue import load_catalogue, neutral_set
+    from pipeline.provenance import RUN, circumstances
     from pipeline.staging import has_progress, is_finished, staged_folder, staging_of
+    from pipeline.store import write_json
 
+    began = datetime.datetime.now(datetime.UTC)
     if config.resume:
         config.output = config.resume
         if is_finished(config.output):
@@ -47,15 +52,18 @@ def calibrate(config: CalibrateConfig) -> Path:
     for problem in catalogue.problems:
         note(f"left out: {problem}")
     started = time.monotonic()
+    seconds: dict[str, float] = {}
     try:
         with staged_folder(config.output, config.overwrite, resume=config.resume is not None):
-            if not _is_built(staging):
-                _prepare(config, catalogue, staging)
-                _measure(config, catalogue, staging, writes=True)
-                note(f"measured in {time.monotonic() - started:.1f} s")
-                _build(config, catalogue, staging, writes=True)
+            if config.stream:
+                _stream(config, catalogue, staging)
+                seconds["streaming"] = time.monotonic() - started
+            else:
+                _run(config, catalogue, staging, seconds)
+            write_json(staging / RUN, circumstances(began, seconds, dataclasses.asdict(config)))
     except BaseException as error:
-        if has_progress(staging) or (not isinstance(error, UserError) and staging.exists()):
+        unfinished = has_progress(staging) or (not isinstance(error, UserError) and staging.exists())
+        if unfinished or (config.stream and isinstance(error, Stop)):
             note(f"{farewell(config)}{f' ({error})' if isinstance(error, Stop) else ''}")
         raise
     note(f"masks of {len(catalogue.personas)} personas in {config.output} ({time.monotonic() - started:.1f} s in all)")
@@ -64,7 +72,22 @@ def calibrate(config: CalibrateConfig) -> Path:
 
 def farewell(config: CalibrateConfig) -> str:
     """How to go on with a run that is not finished."""
+    if config.stream:
+        return "not finished; --stream keeps nothing to go on with"
     return f"not finished; to go on: python -m pipeline.calibrate --resume {shlex.quote(str(config.output))}"
+
+
+def _run(config: CalibrateConfig, catalogue: Any, staging: Path, seconds: dict[str, float]) -> None:
+    """Do what is left of the run in ``staging``; ``seconds`` gets the time of each stage."""
+    started = time.monotonic()
+    _prepare(config, catalogue, staging)
+    if _is_built(staging):
+        return
+    _measure(config, catalogue, staging, writes=True)
+    seconds["measuring"] = time.monotonic() - started
+    note(f"measured in {seconds['measuring']:.1f} s")
+    _build(config, catalogue, staging, writes=True)
+    seconds["masks"] = time.monotonic() - started - seconds["measuring"]
 
 
 def _is_built(staging: Path) -> bool:
@@ -76,35 +99,54 @@ def _is_built(staging: Path) -> bool:
 
 def _prepare(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     """Begin, or check that the run can go on; what was built with other options goes."""
-    import shutil
-
     from pipeline import state
-    from pipeline.shares import SHARDS
     from pipeline.staging import FAILURE
 
-    if not config.resume:
-        state.begin(staging, config, catalogue)
-        return
-    (staging / FAILURE).unlink(missing_ok=True)
-    if not state.go_on(staging, config, catalogue) and (staging / SHARDS).exists():
+    if config.resume:
+        (staging / FAILURE).unlink(missing_ok=True)
+        if differing := state.check(staging, config, catalogue):
+            # Before the new options are written: a kill in between must not leave masks of the old ones.
+            _forget(config, differing, staging)
+    state.begin(staging, config, catalogue)
+
+
+def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -> None:
+    """Remove what was made with other options; ``differing`` are those as they were."""
+    import shutil
+
+    from pipeline.experts import find_experts
+    from pipeline.gradients import gradient_file
+    from pipeline.loading import load_model
+    from pipeline.shares import SHARDS
+    from pipeline.staging import MASKS
+    from pipeline.store import MANIFEST
+
+    before = differing.get("criterion", config.criterion)
+    if (before in FIRST_ORDER) != (config.criterion in FIRST_ORDER) and find_experts(load_model(config.model)):
+        raise UserError(
+            f"--resume {config.output}: {before} and {config.criterion} do not measure the same layers of a mixture of "
+            f"experts; begin anew with --overwrite"
+        )
+    if (before == WHITENED) != (config.criterion == WHITENED):
+        # Its gradients are those of weighted answers.
+        for file in staging.glob(gradient_file("*")):
+            file.unlink()
+    (staging / MANIFEST).unlink(missing_ok=True)
+    built = [folder for folder in (staging / SHARDS, staging / MASKS) if folder.exists()]
+    if built:
         note("other options for the choice of weights: the masks are built anew, what was measured stays")
-        shutil.rmtree(staging / SHARDS)
+    for folder in built:
+        shutil.rmtree(folder)
 
 
 def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: bool) -> None:
     """The forward pass for the statistics and, where the criterion needs it, the backward pass for the gradients."""
     import lightning
 
-    from pipeline.budget import NEUTRAL_TEXTS
     from pipeline.calibration import StatisticsModule, run_pass
     from pipeline.checkpoint import discard
-    from pipeline.data.catalogue import neutral_set
-    from pipeline.data.forms import NEUTRAL
-    from pipeline.data.module import CalibrationData, make_samples
     from pipeline.data.prompts import Prompter
-    from pipeline.gradients import GradientModule, ObjectiveData
-    from pipeline.loading import load_model, load_tokenizer, position_limit
-    from pipeline.objectives import objective_of
+    from pipeline.loading import load_model, load_tokenizer
     from pipeline.reuse import check_reuse
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_statistics
@@ -112,43 +154,99 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     lightning.seed_everything(config.seed, verbose=False)
     tokenizer = load_tokenizer(config.model)
     prompter = Prompter(tokenizer)
-    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
     if config.statistics and writes:
         stats = load_statistics(Path(config.statistics) / STATISTICS)
         check_reuse(config, catalogue, load_model(config.model))
         save_statistics(stats, folder / STATISTICS)
     elif not config.statistics:
-        samples, problems = make_samples(catalogue.sets, prompter, **limits)
-        for problem in problems:
-            if config.strict:
-                raise UserError(problem)
-            note(f"left out: {problem}")
-        longest, limit = max(len(sample.encoded) for sample in samples), position_limit(config.model)
-        if limit is not None and longest > limit:
-            raise UserError(f"samples have up to {longest} tokens, the model reads {limit}: use --max-length {limit}")
-        pad = tokenizer.pad_token_id
-        data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
-        note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
+        data = _samples(config, catalogue, tokenizer, prompter)
         statistics = StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS)
         run_pass(config, statistics, data)
     if config.criterion in FIRST_ORDER:
-        objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
-        limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
-        objectives[NEUTRAL] = objective_of(neutral_set(), prompter, **limits)
-        note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
-        module = GradientModule(config, folder, tokenizer.pad_token_id, objectives)
-        run_pass(config, module, ObjectiveData(objectives, max(1, config.batch_tokens // 4)), inference=False)
+        _differentiate(config, catalogue, prompter, tokenizer.pad_token_id, folder)
     if writes:
         check_files(folder)
         discard(folder)
+
+
+def _differentiate(config: CalibrateConfig, catalogue: Any, prompter: Any, pad: int, folder: Path) -> None:
+    """Every pair's gradient and that of neutral text, after a first pass that finds how much each answer counts."""
+    from pipeline.budget import NEUTRAL_TEXTS
+    from pipeline.calibration import run_pass
+    from pipeline.data.catalogue import neutral_set
+    from pipeline.data.forms import NEUTRAL
+    from pipeline.gradients import GradientModule, ObjectiveData
+    from pipeline.objectives import objective_of
+    from pipeline.sketching import SketchModule, single_answers, weighted
+
+    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
+    objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
+    limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
+    objectives[NEUTRAL] = objective_of(neutral_set(), prompter, **limits)
+    batch_tokens = max(1, config.batch_tokens // 4)
+    if config.criterion == WHITENED:
+        answers = single_answers(objectives)
+        note(f"weighing {sum(map(len, answers.values()))} answers and neutral texts by their gradients")
+        sizes = {name: len(units) for name, units in answers.items()}
+        run_pass(
+            config, SketchModule(config, folder, pad, sizes), ObjectiveData(answers, batch_tokens), inference=False
+        )
+        objectives = weighted(objectives, folder)
+    note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
+    module = GradientModule(config, folder, pad, objectives)
+    run_pass(config, module, ObjectiveData(objectives, batch_tokens), inference=False)
+
+
+def _samples(config: CalibrateConfig, catalogue: Any, tokenizer: Any, prompter: Any) -> Any:
+    """The calibration samples of every persona, in batches."""
+    from pipeline.data.module import CalibrationData, make_samples
+    from pipeline.loading import position_limit
+
+    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
+    samples, problems = make_samples(catalogue.sets, prompter, **limits)
+    for problem in problems:
+        if config.strict:
+            raise UserError(problem)
+        note(f"left out: {problem}")
+    longest, limit = max(len(sample.encoded) for sample in samples), position_limit(config.model)
+    if limit is not None and longest > limit:
+        raise UserError(f"samples have up to {longest} tokens, the model reads {limit}: use --max-length {limit}")
+    pad = tokenizer.pad_token_id
+    data = CalibrationData(samples, tokens=config.tokens, batch_tokens=config.batch_tokens, pad=pad)
+    note(f"{len(samples)} samples of {len(catalogue.measured)} personas in {len(data.batches)} batches")
+    return data
+
+
+def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
+    """Measure and mask block by block, for a model that memory does not hold."""
+    import lightning
+
+    from pipeline.data.prompts import Prompter
+    from pipeline.loading import load_tokenizer
+    from pipeline.store import STATISTICS, save_statistics
+    from pipeline.streaming import Stream
+
+    lightning.seed_everything(config.seed, verbose=False)
+    tokenizer = load_tokenizer(config.model)
+    data = _samples(config, catalogue, tokenizer, Prompter(tokenizer))
+    done = Stream(config, catalogue, data, staging).run()
+    save_statistics(done.stats, staging / STATISTICS)
+    order, removed = done.order(), done.parts.removed()
+    fingerprints = {name: done.fingerprints[name] for name in order}
+    manifest = _manifest(config, catalogue, done.stats, done.model, fingerprints, removed)
+    if done.overlaps:
+        manifest["disjoint_overlap"] = done.shares()
+    done.parts.finish(manifest, order)
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bool) -> None:
     """Build the masks, each rank its share; the one that ``writes`` puts them together and writes the manifest."""
     from pipeline.building import overlaps_of, shapes_of
     from pipeline.calibration import run_pass
+    from pipeline.fingerprint import model_fingerprints
     from pipeline.loading import load_model
     from pipeline.shares import BuildModule, gather
+    from pipeline.sites import find_layers
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_masks
 
@@ -158,8 +256,11 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
         return
     check_files(staging)
     stats, model = load_statistics(staging / STATISTICS), load_model(config.model)
-    masks, fitted = gather(staging, catalogue.personas, shapes_of(model, stats, config), config)
-    manifest = _manifest(config, catalogue, stats, masks, model, staging)
+    masks, fitted = gather(staging, shapes_of(model, stats, config), stats, catalogue, config)
+    layers = find_layers(model)
+    fingerprints = model_fingerprints({name: layers[name] for name in masks.shapes})
+    removed = {persona: 1 - masks.density(persona) for persona in masks.personas}
+    manifest = _manifest(config, catalogue, stats, model, fingerprints, removed)
     manifest["sparsity"] |= fitted
     if config.disjoint:
         manifest["disjoint_overlap"] = overlaps_of(masks, catalogue)
@@ -167,33 +268,50 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
 
 
 def _manifest(
-    config: CalibrateConfig, catalogue: Any, stats: Any, masks: Any, model: Any, staging: Path
+    config: CalibrateConfig,
+    catalogue: Any,
+    stats: Any,
+    model: Any,
+    fingerprints: dict[str, str],
+    removed: dict[str, float],
 ) -> dict[str, Any]:
+    """Everything that the manifest says, but for the files; ``removed``: persona -> share of the weights."""
+    from pipeline.building import composed
     from pipeline.data.module import draw
-    from pipeline.fingerprint import data_hash, model_fingerprints, question_hash, versions
-    from pipeline.sites import find_linears
-    from pipeline.state import options_at_start
+    from pipeline.fingerprint import data_hash, question_hash
+    from pipeline.pooling import pooled_experts
+    from pipeline.provenance import PLACE, commit, versions
+    from pipeline.sites import find_layers
 
-    linears = {name: m for name, m in find_linears(model).items() if name in masks.shapes}
+    pooled = pooled_experts(composed(stats, catalogue), catalogue, config)
+    if pooled:
+        one, names = next(iter(pooled.items()))
+        note(
+            f"mixture-of-experts: {len(names)} matrices of {one} saw fewer than {config.expert_tokens} tokens and were "
+            f"scored by all experts of their layer (manifest.json lists them for every persona)"
+        )
     drawn = {s.plus: draw(s.split("calibration"), config.samples, config.seed) for s in catalogue.sets}
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE}
     counts = {p: [int(c) if c == int(c) else c for c in stats.counts[i].tolist()] for i, p in enumerate(stats.personas)}
     return {
-        "model": {"id": config.model, "type": model.config.model_type, "fingerprint": model_fingerprints(linears)},
+        "model": {"id": config.model, "type": model.config.model_type, "fingerprint": fingerprints},
         "tokenizer": config.model,
         "criterion": config.criterion,
-        "sparsity": {"option": config.sparsity, "removed": {p: 1 - masks.density(p) for p in masks.personas}},
-        "uncovered": [name for name in find_linears(model) if name not in masks.shapes],
+        "sparsity": {"option": config.sparsity, "removed": removed},
+        "uncovered": [name for name in find_layers(model) if name not in fingerprints],
+        **({"pooled_experts": pooled} if pooled else {}),
         "personas": {
             "pairs": [list(s.poles) for s in catalogue.sets],
-            "opponents": {p: o for p, o in catalogue.opponents.items() if p in masks.bits},
+            "opponents": {p: o for p, o in catalogue.opponents.items() if p in removed},
             "compositions": {c.name: [list(part) for part in c.parts] for c in catalogue.compositions},
             "sources": {s.plus: s.source for s in catalogue.sets},
             "data_sha256": {plus: data_hash(items) for plus, items in drawn.items()},
             "questions": {plus: sorted({question_hash(i) for i in items}) for plus, items in drawn.items()},
         },
         "counts": {"columns": ["samples", "counted tokens", "sink tokens"], "personas": counts},
-        "options": options_at_start(staging),
+        "options": options,
         "versions": versions(),
+        "commit": commit(),
     }
 
 
@@ -206,7 +324,7 @@ def _resumed(config: CalibrateConfig, argv: list[str] | None) -> CalibrateConfig
     saved = saved_options(config.resume)
     config = parse(CalibrateConfig, DESCRIPTION, argv, saved)
     assert config.resume is not None
-    if config.output not in (Path(saved["output"]), config.resume):
+    if config.output not in (Path(saved.get("output", config.output)), config.resume):
         raise UserError(f"--resume {config.resume} goes on in that folder; leave --output {config.output} out")
     return config
 
@@ -216,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     if config.resume:
         config.output = config.resume
-    with handled(farewell(config)):
+    with handled(printable(farewell(config))):
         return run(lambda: calibrate(_resumed(config, argv)))
 
 

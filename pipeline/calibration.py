@@ -18,12 +18,14 @@ from pipeline.collector import Collector
 from pipeline.config import CalibrateConfig, parse_devices
 from pipeline.data.module import Batch
 from pipeline.errors import UserError
+from pipeline.experts import find_experts, other_expert_parameters
 from pipeline.loading import load_model
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.ranks import Ranks
 from pipeline.signals import told, unbroken
-from pipeline.sites import check_causal, expert_parameters, find_linears, find_sites
+from pipeline.sites import Site, check_causal, find_sites, maskable
 from pipeline.state import check_files
+from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -76,17 +78,18 @@ class StatisticsModule(Stage):
     def on_predict_start(self) -> None:
         if self.skipped:
             return
-        spread_threads(self.trainer, self.device)
-        linears = find_linears(self.model, self.config.include, self.config.exclude)
+        spread_threads(self.trainer, self.device, self.config.deterministic)
+        layers = maskable(self.model, self.config)
         check_causal(self.model, self.device)
-        sites, unused = find_sites(self.model, linears, self.device)
+        sites, unused = find_sites(self.model, layers, self.device)
         if self.trainer.is_global_zero:
-            _report_coverage(self.model, sites, unused)
+            report_coverage(self.model, sites, unused)
+        # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
+        stats = ActivationStats.zeros(self.personas, sites, self.device)
+        self.collector = Collector(self.model, stats, exact=self.config.deterministic)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         self.checkpoint = Checkpoint(self.folder, rank, world, self.config.checkpoint_every)
-        stats, self.position = self.checkpoint.load(self.personas, sites, self.device)
-        # A plain attribute: Lightning's precision plugins must not cast the float64 sums.
-        self.collector = Collector(self.model, stats)
+        self.position = self.checkpoint.load(self.collector)
         if self.position and self.trainer.is_global_zero:
             note(f"going on after {self.position} batches")
 
@@ -100,7 +103,7 @@ class StatisticsModule(Stage):
                 self.tokens_done += int(batch.attention.sum())
             self.position = batch_idx + 1
             if told() or self.checkpoint.due():
-                self.checkpoint.save(self.collector.stats, self.position)
+                self.checkpoint.save(self.collector, self.position)
 
     def _add(self, batch: Batch, counted: frozenset[str] = frozenset()) -> None:
         """Add a batch to the sums of all sites but those that have ``counted`` it; in halves if memory is short."""
@@ -119,7 +122,7 @@ class StatisticsModule(Stage):
             raise UserError(
                 f"out of memory on one sample of {batch.ids.shape[1]} tokens, {batch.sources[0]}: lower --max-length"
             )
-        make_room("samples", len(batch.sources))
+        make_room("samples", len(batch.sources), self.config.deterministic)
         complete = collector.complete
         for rows in halves(range(len(batch.sources))):
             self._add(batch.part(rows), complete)
@@ -128,14 +131,14 @@ class StatisticsModule(Stage):
         if self.skipped:
             return
         assert self.collector is not None
-        stats = self.collector.stats
         if self.trainer.world_size > 1:
             # Whatever happens to the others from here on, this rank's work is done.
-            self.checkpoint.save(stats, self.position)
-            for tensor in (stats.counts, *stats.sums.values()):
+            self.checkpoint.save(self.collector, self.position)
+            for tensor in self.collector.tensors():
                 dist.all_reduce(tensor)
+        self.collector.settle()
         if self.trainer.is_global_zero:
-            save_statistics(stats, self.target)
+            save_statistics(self.collector.stats, self.target)
         self.trainer.strategy.barrier("statistics written")
 
 
@@ -201,9 +204,14 @@ def run_pass(config: CalibrateConfig, module: Stage, data: Any = None, *, infere
         torch.set_num_threads(threads)
 
 
-def spread_threads(trainer: Any, device: torch.device) -> None:
-    """On a CPU, share the cores among the processes of this machine."""
-    if trainer.world_size > 1 and device.type == "cpu":
+def spread_threads(trainer: Any, device: torch.device, deterministic: bool = False) -> None:
+    """On a CPU, share the cores among the processes of this machine.
+
+    A gradient's rounding depends on the number of threads: ``deterministic`` means one, however many processes.
+    """
+    if deterministic and device.type == "cpu":
+        torch.set_num_threads(1)
+    elif trainer.world_size > 1 and device.type == "cpu":
         local = max(1, trainer.world_size // trainer.num_nodes)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
@@ -212,13 +220,21 @@ def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _report_coverage(model: Any, sites: list[Any], unused: list[str]) -> None:
-    linears = sum(len(site.linears) for site in sites)
-    note(f"{linears} linear layers read {len(sites)} distinct inputs")
+def report_coverage(model: Any, sites: list[Site], unused: list[str]) -> None:
+    """Tell what is measured, and what stays whole."""
+    experts = sum(site.routed for site in sites)
+    linears = sum(len(site.linears) for site in sites) - experts
+    note(f"{linears} linear layers read {len(sites) - experts} distinct inputs")
+    if experts:
+        note(f"mixture-of-experts: {experts} matrices, each measured over the tokens routed to its expert")
+    elif found := find_experts(model):
+        note(
+            f"mixture-of-experts: {len(found)} matrices of experts stay whole (excluded, or the criterion's gradients)"
+        )
     if unused:
         note(f"{len(unused)} linear layers are never called and stay whole: {', '.join(unused[:5])}")
-    if experts := expert_parameters(model):
+    if unknown := other_expert_parameters(model):
         note(
-            f"mixture-of-experts: {len(experts)} expert weights are 3-d parameters, not covered yet, and stay whole "
-            f"({experts[0]}, ...); attention and other linear layers are masked"
+            f"mixture-of-experts: {len(unknown)} expert weights are 3-d parameters of other modules, and stay whole "
+            f"({unknown[0]}, ...)"
         )

@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.cli import note, parse, quiet_libraries, run
 from pipeline.config import ChatConfig, check_gamma
 from pipeline.errors import UserError
+from pipeline.terminal import printable
 
 DESCRIPTION = "Talk to the model under its personas. Type /help in the chat for its commands."
 HELP = """commands:
@@ -74,12 +75,10 @@ class Chat:
 
     def say(self, text: str) -> None:
         """Answer within the talk, streamed."""
-        from transformers import TextStreamer
-
-        from pipeline.generation import continue_from
+        from pipeline.generation import continue_from, printing_streamer
 
         print(f"{self.persona or 'unmasked'}: ", end="", flush=True)
-        streamer = TextStreamer(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = printing_streamer(self.model.tokenizer)
         c = self.config
         reply = continue_from(
             self.model, self.model.tokenizer, self._ids(text), c.max_new_tokens, c.temperature, streamer
@@ -96,7 +95,7 @@ class Chat:
 
         if not text:
             raise UserError("/compare needs a question")
-        table = Table(title=Text(text), show_lines=True)
+        table = Table(title=Text(printable(text)), show_lines=True)
         table.add_column("persona")
         table.add_column("answer")
         for persona in (None, *self.model.personas):
@@ -109,7 +108,7 @@ class Chat:
                     temperature=self.config.temperature,
                     system=self.config.system or None,
                 )
-            table.add_row(persona or "unmasked", Text(reply))
+            table.add_row(persona or "unmasked", Text(printable(reply)))
         Console().print(table)
 
     def _ids(self, text: str) -> Any:

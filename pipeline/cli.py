@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import RankError, UserError
 from pipeline.signals import Stop
+from pipeline.terminal import printable
 
 C = TypeVar("C")
 
@@ -38,7 +39,7 @@ def parse(config: type[C], description: str, argv: list[str] | None, defaults: M
     try:
         return config(**values)
     except UserError as error:
-        parser.error(str(error))
+        parser.error(printable(str(error)))
 
 
 def _normalised(argv: list[str], switches: set[str]) -> list[str]:
@@ -68,10 +69,10 @@ def run(main: Callable[[], Any]) -> int:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except RankError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
     except Stop as stop:
         return stop.exit_code
@@ -95,4 +96,4 @@ def quiet_libraries() -> None:
 
 def note(message: str) -> None:
     """A line for the person at the terminal (stderr, so that stdout stays machine-readable)."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)

@@ -22,6 +22,8 @@ CRITERIA = (
     "first-order-gate",
 )
 FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
+WHITENED = "first-order"
+"""The criterion whose answers count as their gradients say (``pipeline.whitening``)."""
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
 CONDITIONS = ("prompt", "rag", "steering", "mask", "prompt+mask", "neutral", "random", "others")
@@ -102,6 +104,9 @@ class CalibrateConfig:
     evidence: float = 1.0
     """first-order: remove only what gains at least so many standard errors (over the calibration items); more means
     fewer weights, chosen by what other items share."""
+    expert_tokens: int = 32
+    """Mixture-of-experts: an expert that saw fewer counted tokens of a persona, or of its opponent, is scored by the
+    statistics of all experts of its layer together, and listed in the manifest."""
     disjoint: bool = False
     """Exclude for the second pole what the first has kept (appendix K); above 50 % density the overlap that this
     forces is stated in the manifest."""
@@ -129,6 +134,16 @@ class CalibrateConfig:
     """auto, ddp, ddp_fork, ...: how Lightning starts and joins the processes."""
     precision: str = "32-true"
     """32-true, bf16-true, 16-true, bf16-mixed, ...: of the forward pass; statistics are float64 always."""
+    stream: bool = False
+    """For a model larger than memory: read it block by block from its safetensors files, run all batches through one
+    block, write its masks, go on to the next. Criteria without gradients, in one process (docs/scale.md)."""
+    stream_buffer: float = 1.0
+    """--stream: GiB of hidden states that are held in memory between two blocks; what is beyond lies on disk, beside
+    the output."""
+    deterministic: bool = False
+    """Make masks and statistics the same, bit for bit, on any number of devices of one kind: sums that do not depend on
+    their order (four times the memory of the statistics), gradients added batch by batch in one order, one thread per
+    process on a CPU (more processes use more cores)."""
     statistics: str = ""
     """Folder of an earlier run: take its statistics and only score anew (model and personas must be the same)."""
     output: Path = Path("runs/masks")
@@ -160,6 +175,7 @@ class CalibrateConfig:
         if self.budget and self.disjoint:
             raise UserError("--max-perplexity-increase fits every persona alone, so it excludes --disjoint")
         _at_least("samples", self.samples, 0)
+        _at_least("expert_tokens", self.expert_tokens, 1)
         _at_least("max_length", self.max_length, 2)
         _at_least("batch_tokens", self.batch_tokens, 1)
         _at_least("num_nodes", self.num_nodes, 1)
@@ -167,15 +183,35 @@ class CalibrateConfig:
         parse_devices(self.devices)
         if not 0 < self.pool <= 1:
             raise UserError(f"--pool must lie in (0, 1], got {self.pool}")
+        _at_least("stream_buffer", self.stream_buffer, 0)
+        if self.stream:
+            self._check_stream()
         if self.disjoint and self.criterion in ("random", "magnitude", "neutral", *FIRST_ORDER):
             raise UserError(f"--disjoint is for the paper's criteria, not {self.criterion!r}")
+
+    def _check_stream(self) -> None:
+        """Raise UserError for what a pass that never has the whole model in memory cannot do."""
+        if self.resume:
+            raise UserError("--stream keeps nothing to go on with, so it excludes --resume: begin anew")
+        if self.criterion in FIRST_ORDER:
+            forward = ", ".join(name for name in CRITERIA if name not in FIRST_ORDER)
+            raise UserError(
+                f"--stream has one block in memory, and {self.criterion} needs gradients through all of them; choose a "
+                f"--criterion of {forward}"
+            )
+        if self.budget:
+            raise UserError("--stream cannot measure perplexity, so it excludes --max-perplexity-increase")
+        if self.statistics:
+            raise UserError("--stream measures anew; with --statistics the model is loaded as a whole")
+        if str(self.devices).strip() != "1" or self.num_nodes != 1 or self.strategy != "auto":
+            raise UserError("--stream runs in one process on one device: leave --devices, --num-nodes and --strategy")
 
     @property
     def budget(self) -> float:
         """The relative rise in perplexity that a mask may cost; 0 is no limit."""
         if self.max_perplexity_increase is not None:
             return self.max_perplexity_increase
-        return 0.15 if self.criterion == "first-order" else 0.0
+        return 0.15 if self.criterion == WHITENED else 0.0
 
 
 @dataclass

@@ -38,11 +38,10 @@ def _pool(model: Any, run: Path, pole: str, other: str) -> Callable[[str], Tenso
         return None
     stats = run_statistics(run, manifest)
     site = {linear: site.name for site in stats.sites for linear in site.linears}
-    modules = dict(model.model.named_modules())
 
     def pool(layer: str) -> Tensor:
         own, opponent = (stats.channels(persona, site[layer]) for persona in (pole, other))
-        weight = modules[layer].matrix.detach().cpu()
+        weight = model.weight(layer).detach().cpu()
         return least_important(weight, pooled_rms(own, opponent), share)
 
     return pool

@@ -107,8 +107,8 @@ def _copy_bytes(ground: Ground, setting: Setting) -> int:
     """Bytes of the dense copy of the masked weights, which all personas share."""
     if not (setting.mask and ground.model.materialize):
         return 0
-    modules = dict(ground.model.model.named_modules())
-    return sum(modules[name].weight.numel() * modules[name].weight.element_size() for name in ground.model.masks.shapes)
+    weights = [ground.model.weight(name) for name in ground.model.masks.shapes]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _cache_bytes(ground: Ground, prompt: Sequence[int]) -> float:

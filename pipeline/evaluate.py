@@ -73,7 +73,7 @@ def _chosen(pairs: list[Any], config: EvaluateConfig) -> list[Any]:
 
 def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Any) -> None:
     from pipeline.evaluation import SCHEMA, SCHEMA_VERSION
-    from pipeline.fingerprint import versions
+    from pipeline.provenance import versions
     from pipeline.store import write_json
 
     content = {

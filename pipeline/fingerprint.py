@@ -1,11 +1,11 @@
 """What identifies a model and a data set, so that a mask is never put on other weights unnoticed."""
 
 import hashlib
-import platform
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.forms import Item
 from pipeline.sites import matrix
@@ -27,9 +27,9 @@ def layer_fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(f"{list(weight.shape)}".encode() + signs.numpy().tobytes()).hexdigest()[:16]
 
 
-def model_fingerprints(linears: dict[str, nn.Module]) -> dict[str, str]:
+def model_fingerprints(layers: dict[str, Any]) -> dict[str, str]:
     """The fingerprint of every layer, by name."""
-    return {name: layer_fingerprint(matrix(module)) for name, module in linears.items()}
+    return {name: layer_fingerprint(matrix(module)) for name, module in layers.items()}
 
 
 def question_hash(item: Item) -> str:
@@ -45,16 +45,3 @@ def data_hash(items: Iterable[Item]) -> str:
         for text in (item.question, item.matching, item.other or ""):
             digest.update(text.encode() + b"\x00")
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    import lightning
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-    }

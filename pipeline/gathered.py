@@ -13,10 +13,12 @@ from pipeline.evaluation import SCHEMA, Contrast, Record, place
 from pipeline.figures import Point
 from pipeline.mbti import Lean, Signs, Summary
 from pipeline.questionnaire import SCHEMA as QUESTIONNAIRE
+from pipeline.reading import read_json
 from pipeline.results import read_results
 from pipeline.roleplay import SCHEMA as ROLEPLAY
 from pipeline.store import MANIFEST, load_manifest
 from pipeline.tables import by_pair
+from pipeline.terminal import described
 
 R = TypeVar("R")
 BYTES = ("memory_bytes", "working_bytes", "disk_bytes")
@@ -81,13 +83,11 @@ def gather(run: Path, evaluations: Sequence[Path], also: Sequence[Path]) -> Gath
 
 def _by_schema(folder: Path) -> dict[str, list[Path]]:
     """The JSON files of a folder by what they say they are; files that say nothing are passed over."""
-    import json
-
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(file.read_bytes().decode("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            content = read_json(file)
+        except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read as JSON ({error})") from error
         schema = content.get("schema") if isinstance(content, dict) else None
         if isinstance(schema, str):
@@ -125,7 +125,7 @@ def read_evaluation(path: Path) -> Evaluation:
         for record in records:
             place(record.condition)
     except ValueError as error:
-        raise UserError(f"{path}: unknown condition {record.condition!r}") from error
+        raise UserError(f"{path}: unknown condition {described(record.condition)}") from error
     return Evaluation(path, content, records, contrasts)
 
 
@@ -145,7 +145,7 @@ def _built(kind: type[R], entries: Any, path: Path, needed: Sequence[str]) -> li
             value = entry.get(one.name)
             wanted = (int, float) if one.type in (int, float) else (str,) if one.type is str else (object,)
             if value is not None and not isinstance(value, wanted):
-                raise UserError(f"{path}: entry {number} of its {kind.__name__}s: {one.name} is {value!r:.60}")
+                raise UserError(f"{path}: entry {number} of its {kind.__name__}s: {one.name} is {described(value)}")
             values[one.name] = math.nan if value is None and one.type is float else value
         built.append(kind(**values))
     return built

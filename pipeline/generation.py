@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pipeline.data.prompts import batches_by_tokens
+from pipeline.terminal import printable
 
 
 def answer(
@@ -22,6 +23,17 @@ def answer(
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([prompter.ids(prompter.prompt(question, system))], device=device)
     return continue_from(model, prompter.tokenizer, ids, max_new_tokens, temperature, streamer)
+
+
+def printing_streamer(tokenizer: Any) -> Any:
+    """Prints an answer as it grows, without what a terminal would obey."""
+    from transformers import TextStreamer
+
+    class Printable(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    return Printable(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @torch.inference_mode()

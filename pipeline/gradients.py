@@ -89,6 +89,27 @@ class Moments:
         self.total[layer].add_(scaled, alpha=self.share / SCALE)
         self.square[layer].addcmul_(scaled, scaled, value=self.share / SCALE**2)
 
+    def add_in_order(self, linears: dict[str, Any], share: float) -> None:
+        """Add the gradients that lie in the weights on all ranks, in the order of the ranks, and free them.
+
+        Batches are dealt out in turn, so this is the order of one process. ``share`` is 0 on a rank without a batch.
+        """
+        some = next(iter(self.total.values()))
+        own_share = torch.tensor([share], dtype=torch.float64, device=some.device)
+        shares = [torch.empty_like(own_share) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, own_share)
+        for layer, module in linears.items():
+            weight = module.weight
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
+            parts = [torch.empty_like(own) for _ in shares]
+            dist.all_gather(parts, own)
+            weight.grad = None
+            for one, part in zip(shares, parts, strict=True):
+                if one:
+                    self.share = float(one)
+                    self.add(layer, part)
+        self.batches += sum(bool(one) for one in shares)
+
     def error(self, layer: str) -> Tensor:
         """Standard error of ``total[layer]``; 0 with fewer than two batches, which say nothing of the spread."""
         if self.batches < 2:
@@ -111,10 +132,11 @@ class Moments:
 
 
 @contextmanager
-def accumulating(linears: dict[str, Any]) -> Iterator[Moments]:
+def accumulating(linears: dict[str, Any], *, at_once: bool = True) -> Iterator[Moments]:
     """The moments of the gradients of all backward passes inside, in each weight's own layout.
 
-    A layer's gradient is added and freed as soon as it is known.
+    A layer's gradient is added and freed as soon as it is known; without ``at_once`` it stays in the weight, for
+    ``Moments.add_in_order``.
     """
     moments = Moments(linears)
     handles = []
@@ -130,7 +152,8 @@ def accumulating(linears: dict[str, Any]) -> Iterator[Moments]:
     for name, module in linears.items():
         weight: Any = module.weight
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(adder(name)))
+        if at_once:
+            handles.append(weight.register_post_accumulate_grad_hook(adder(name)))
     try:
         yield moments
     finally:
@@ -170,13 +193,14 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float
 
 
 class Step:
-    """One batch of one objective; ``last`` marks the objective's end, where the sums are complete.
+    """One batch of one objective: its ``units`` by number, and their answers in a row.
 
-    Not a dataclass: Lightning's precision plugins rebuild those, and these hold nothing to convert.
+    ``last`` marks the objective's end, where the sums are complete. Not a dataclass: Lightning's precision plugins
+    rebuild those, and these hold nothing to convert.
     """
 
-    def __init__(self, name: str, terms: list[WeightedAnswer], share: float, last: bool) -> None:
-        self.name, self.terms, self.share, self.last = name, terms, share, last
+    def __init__(self, name: str, units: list[int], terms: list[WeightedAnswer], share: float, last: bool) -> None:
+        self.name, self.units, self.terms, self.share, self.last = name, units, terms, share, last
 
 
 class ObjectiveData(lightning.LightningDataModule):
@@ -200,7 +224,7 @@ class ObjectiveData(lightning.LightningDataModule):
             for number in range(count):
                 chosen = mine[number] if number < len(mine) else []
                 terms = [term for i in chosen for term in units[i]]
-                steps.append(Step(name, terms, len(chosen) / len(units), number == count - 1))
+                steps.append(Step(name, chosen, terms, len(chosen) / len(units), number == count - 1))
         return steps
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
@@ -237,12 +261,13 @@ class GradientModule(Stage):
     def on_predict_start(self) -> None:
         if self.skipped:
             return
-        spread_threads(self.trainer, self.device)
+        spread_threads(self.trainer, self.device, self.config.deterministic)
         # An objective that was begun begins again: its sums are twice as large as the weights, and writing them
         # takes longer than its two dozen batches.
         self.finished = self.trainer.strategy.broadcast(self._written())
+        self.in_order = self.config.deterministic and self.trainer.world_size > 1
         self.linears = find_linears(self.model, self.config.include, self.config.exclude)
-        self._context = accumulating(self.linears)
+        self._context = accumulating(self.linears, at_once=not self.in_order)
         self.moments = self._context.__enter__()
 
     def predict_step(self, step: Step, batch_idx: int) -> None:
@@ -252,8 +277,10 @@ class GradientModule(Stage):
             self.moments.share = step.share
             self._differentiate(step.terms, step.share)
             self.moments.release()
-            self.moments.batches += 1
+            self.moments.batches += not self.in_order
             self.tokens_done += sum(len(term.encoded) for term in step.terms)
+        if self.in_order:
+            self.moments.add_in_order(self.linears, step.share if step.terms else 0.0)
         if step.last:
             self._finish(step.name)
 
@@ -278,7 +305,7 @@ class GradientModule(Stage):
                 f"out of memory in the backward pass over one sample of {len(terms[0].encoded)} tokens: lower "
                 f"--max-length"
             )
-        make_room("answers", len(terms))
+        make_room("answers", len(terms), self.config.deterministic)
         complete = self.moments.complete
         self.moments.hold()
         for half in halves(terms):
@@ -289,7 +316,7 @@ class GradientModule(Stage):
             self._context.__exit__(None, None, None)
 
     def _finish(self, name: str) -> None:
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not self.in_order:
             self.moments.reduce()
         if self.trainer.is_global_zero:
             if self.moments.batches < 2:

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.embedded import ALIAS, embedded_model
 from pipeline.errors import UserError
+from pipeline.quantised import check_unquantised
 
 
 def resolve(model: str) -> str:
@@ -28,11 +29,9 @@ def load_tokenizer(model: str) -> Any:
 def load_model(model: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu") -> Any:
     """The causal language model in eval mode, its parameters frozen."""
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _load(AutoConfig, model)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"{model}: a {config.model_type!r} model is not a causal language model")
+    check_supported(model, load_config(model))
     previous = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -43,11 +42,25 @@ def load_model(model: str, dtype: torch.dtype | str = torch.float32, device: str
     return loaded.to(device).eval().requires_grad_(False)
 
 
-def position_limit(model: str) -> int | None:
-    """How many positions the model was built for, or None if its configuration does not say."""
+def load_config(model: str) -> Any:
+    """The model's configuration."""
     from transformers import AutoConfig
 
-    return getattr(_load(AutoConfig, model), "max_position_embeddings", None)
+    return _load(AutoConfig, model)
+
+
+def check_supported(model: str, config: Any) -> None:
+    """Raise UserError for a model that is no causal language model, or is quantised."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{model}: a {config.model_type!r} model is not a causal language model")
+    check_unquantised(model, config)
+
+
+def position_limit(model: str) -> int | None:
+    """How many positions the model was built for, or None if its configuration does not say."""
+    return getattr(load_config(model), "max_position_embeddings", None)
 
 
 def pick_device(device: str) -> torch.device:

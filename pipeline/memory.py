@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from pipeline.cli import note
+from pipeline.errors import UserError
 
 T = TypeVar("T")
 _MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
@@ -26,8 +27,15 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:middle], items[middle:]
 
 
-def make_room(what: str, count: int) -> None:
-    """Free what can be freed, and say once per process that a batch of ``count`` is being split."""
+def make_room(what: str, count: int, deterministic: bool) -> None:
+    """Free what can be freed, and say once per process that a batch of ``count`` is being split.
+
+    Raises UserError where ``deterministic`` forbids it: other shapes of batches end in other last bits.
+    """
+    if deterministic:
+        raise UserError(
+            f"out of memory on a batch of {count} {what}, which --deterministic does not split: lower --batch-tokens"
+        )
     if what not in _told:
         _told.add(what)
         note(f"out of memory on a batch of {count} {what}: it goes in halves (a smaller --batch-tokens is faster)")

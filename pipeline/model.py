@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kernels.experts import MaskedExperts, expert_matrix, is_experts
 from kernels.layers import MaskedLinear, PersonaSelector
 from pipeline.errors import UserError
+from pipeline.experts import ExpertMatrix, find_experts, parameter_of
 from pipeline.fingerprint import layer_fingerprint
 from pipeline.masks import PersonaMasks
 from pipeline.sites import is_transposed, matrix
@@ -38,23 +41,25 @@ class PersonaModel:
         self.model, self.masks, self.tokenizer, self.materialize = model, masks, tokenizer, materialize
         self.selector = PersonaSelector()
         self._choice: str | list[str | None] | None = None
-        modules: dict[str, Any] = dict(model.named_modules())
+        modules: dict[str, Any] = dict(model.named_modules()) | find_experts(model)
         _check_layers(modules, masks, verify)
-        self._originals: dict[str, Any] = {name: modules[name] for name in masks.shapes}
-        self._layers: list[MaskedLinear] = []
+        self._places = {name: _place(name, modules[name]) for name in masks.shapes}
+        self._originals: dict[str, Any] = {place.module: modules[place.module] for place in self._places.values()}
+        self._layers: dict[str, MaskedLinear | MaskedExperts] = {}
         for name, original in self._originals.items():
-            device = original.weight.device
-            bits = torch.stack([masks.bits[p][name] for p in masks.personas]).to(device)
-            layer = MaskedLinear(
-                original.weight,
-                original.bias,
-                bits,
-                transposed=is_transposed(original),
-                selector=self.selector,
-            )
+            if is_experts(original):
+                layer: MaskedLinear | MaskedExperts = MaskedExperts(original, self._expert_bits(name), self.selector)
+            else:
+                layer = MaskedLinear(
+                    original.weight,
+                    original.bias,
+                    self._bits(name, original.weight.device),
+                    transposed=is_transposed(original),
+                    selector=self.selector,
+                )
             layer.train(original.training)
             _replace(model, name, layer)
-            self._layers.append(layer)
+            self._layers[name] = layer
 
     @classmethod
     def from_pretrained(
@@ -94,7 +99,7 @@ class PersonaModel:
         else:
             self.selector.select([self._index(p) for p in persona], gamma)
             self._choice = list(persona)
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.materialize(self.materialize)
         return self
 
@@ -120,9 +125,20 @@ class PersonaModel:
     def add(self, masks: PersonaMasks) -> None:
         """Add further personas over the same layers (random controls, mixtures)."""
         self.masks = self.masks | masks
-        for name, layer in zip(self._originals, self._layers, strict=True):
-            new = [masks.bits[p][name].to(layer.bits.device) for p in masks.personas]
-            layer.bits = torch.cat([layer.bits, torch.stack(new)])
+        for name, place in self._places.items():
+            layer, bits = self._layers[place.module], self._bits(name, self.weight(name).device)
+            if isinstance(layer, MaskedExperts):
+                layer.set_bits(place.parameter, place.expert, bits)
+            else:
+                layer.bits = bits
+
+    def weight(self, name: str) -> Tensor:
+        """The shared weight of a masked layer, ``[N, K]`` (a view)."""
+        place = self._places[name]
+        layer = self._layers[place.module]
+        if isinstance(layer, MaskedExperts):
+            return expert_matrix(layer.experts, place.parameter, place.expert)
+        return layer.matrix
 
     def detach(self) -> Any:
         """Put the original layers back and return the plain model."""
@@ -138,6 +154,19 @@ class PersonaModel:
             raise AttributeError(name)
         return getattr(self.model, name)
 
+    def _bits(self, name: str, device: torch.device) -> Tensor:
+        """A layer's masks of all personas, uint8 ``[P, N, ceil(K / 8)]``."""
+        return torch.stack([self.masks.bits[persona][name] for persona in self.personas]).to(device)
+
+    def _expert_bits(self, module: str) -> dict[str, dict[int, Tensor]]:
+        """The masks in an experts module, by parameter and expert."""
+        found: dict[str, dict[int, Tensor]] = {}
+        for name, place in self._places.items():
+            if place.module == module:
+                device = getattr(self._originals[module], place.parameter).device
+                found.setdefault(place.parameter, {})[place.expert] = self._bits(name, device)
+        return found
+
     def _index(self, persona: str | None) -> int:
         if persona is None:
             return -1
@@ -146,17 +175,32 @@ class PersonaModel:
         return self.personas.index(persona)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Which module holds a masked layer; for an expert's matrix, which parameter, and where in it."""
+
+    module: str
+    parameter: str = ""
+    expert: int = -1
+
+
+def _place(name: str, layer: Any) -> _Place:
+    if not isinstance(layer, ExpertMatrix):
+        return _Place(name)
+    return _Place(parameter_of(parameter_of(name)), layer.parameter, layer.expert)
+
+
 def _check_layers(modules: dict[str, Any], masks: PersonaMasks, verify: bool) -> None:
     """Raise UserError naming the layers that are missing, of another shape, or hold other weights."""
     expected = masks.manifest.get("model", {}).get("fingerprint", {}) if verify else {}
     differing = []
     for name, shape in masks.shapes.items():
         module = modules.get(name)
+        if isinstance(module, MaskedLinear) or _is_masked(modules, name):
+            raise UserError(f"layer {name} is masked already; detach the earlier PersonaModel first")
         if module is None:
             differing.append(f"{name}: not in this model")
-        elif isinstance(module, MaskedLinear):
-            raise UserError(f"layer {name} is masked already; detach the earlier PersonaModel first")
-        elif not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.dim() != 2:
+        elif not isinstance(module, ExpertMatrix) and _dimensions(module) != 2:
             differing.append(f"{name}: not a linear layer in this model")
         elif tuple(matrix(module).shape) != shape:
             differing.append(f"{name}: masks are for {list(shape)}, the model has {list(matrix(module).shape)}")
@@ -169,6 +213,16 @@ def _check_layers(modules: dict[str, Any], masks: PersonaMasks, verify: bool) ->
             f"these masks were made for {made_for!r}; {len(differing)} of {len(masks.shapes)} layers differ: "
             f"{'; '.join(differing[:3])}{more}"
         )
+
+
+def _is_masked(modules: dict[str, Any], name: str) -> bool:
+    """Is it an expert's matrix in a module that is masked already?"""
+    return isinstance(modules.get(parameter_of(parameter_of(name))), MaskedExperts)
+
+
+def _dimensions(module: Any) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.dim() if isinstance(weight, Tensor) else 0
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.gradients import Moments, ObjectiveData, accumulating, backward
 from pipeline.masks import PersonaMasks
 from pipeline.objectives import objective_of
+from pipeline.pooling import Pooled
 
 
 class NeutralMasks:
@@ -59,7 +60,7 @@ class NeutralMasks:
         options, stats = self.manifest["options"], self._statistics
         assert pair.minus is not None
         (site,) = (site.name for site in stats.sites if name in site.linears)
-        weight = self._linears[name].matrix.detach().cpu()
+        weight = self.model.weight(name).detach().cpu()
         signed = self.manifest["criterion"] in FIRST_ORDER
         factor = self.manifest["sparsity"].get("factor", {}).get(pair.plus, 1)
         sparsity = Sparsity.parse(options["sparsity"]).scaled(Decimal(str(factor)))
@@ -67,7 +68,7 @@ class NeutralMasks:
             name,
             weight,
             NEUTRAL,
-            stats.channels(pair.plus if signed else NEUTRAL, site),
+            self._channels(pair.plus if signed else NEUTRAL, site),
             stats.channels(pair.minus, site) if signed else None,
             sparsity.keep(name, weight.shape[1]),
             seed=options["seed"],
@@ -75,6 +76,10 @@ class NeutralMasks:
             pool=options["pool"],
             evidence=options["evidence"],
         )
+
+    def _channels(self, persona: str, site: str) -> Any:
+        pooled = Pooled(self._statistics, self.manifest["options"].get("expert_tokens", 1))
+        return pooled.of(persona, site) if pooled.needed(site, [persona]) else self._statistics.channels(persona, site)
 
     def _slopes(self, name: str) -> Slopes:
         def matrix(value: Tensor) -> Tensor:

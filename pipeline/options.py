@@ -172,3 +172,16 @@ class AnalyseConfig:
         evaluation_options(self)
         if self.restore < 0:
             raise UserError(f"--restore must be a number of at least 0, got {self.restore}")
+
+
+@dataclass
+class InspectConfig:
+    """Which run to look at."""
+
+    run: Path
+    """Folder that pipeline.calibrate wrote."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)

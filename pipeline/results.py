@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.reading import read_json
 from pipeline.store import write_json
-
-LARGEST = 1 << 28
-"""Bytes; what is larger was not written by this program."""
+from pipeline.terminal import described
 
 
 def heading(schema: str, version: int, config: Any, manifest: dict[str, Any]) -> dict[str, Any]:
     """Schema, date, run, model, criterion, sparsity, options and versions of a measurement."""
-    from pipeline.fingerprint import versions
+    from pipeline.provenance import versions
 
     return {
         "schema": schema,
@@ -57,12 +55,10 @@ def writing(path: Path) -> Iterator[None]:
 def read_results(path: Path, schema: str) -> dict[str, Any]:
     """Read a JSON file of a measurement. Raises UserError for one of another schema."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path.stat().st_size} bytes are no measurement")
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     found = content.get("schema") if isinstance(content, dict) else None
     if found != schema:
-        raise UserError(f"{path}: schema {found!r}, expected {schema!r}")
+        raise UserError(f"{path}: schema {described(found)}, expected {schema!r}")
     return content

@@ -8,8 +8,8 @@ from pipeline.data.catalogue import Catalogue
 from pipeline.data.module import draw
 from pipeline.errors import UserError
 from pipeline.fingerprint import data_hash, model_fingerprints
-from pipeline.sites import find_linears
-from pipeline.store import load_manifest
+from pipeline.sites import find_layers
+from pipeline.store import STATISTICS, check_file, load_manifest
 
 MEASURING = ("tokens", "max_length")
 """Options that change what is measured on an item."""
@@ -22,8 +22,10 @@ def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> No
     """
     folder = Path(config.statistics)
     manifest = load_manifest(folder)
+    if STATISTICS in manifest.get("files", {}):
+        check_file(folder / STATISTICS, manifest["files"][STATISTICS])
     differing = []
-    linears, then = find_linears(model), manifest["model"]["fingerprint"]
+    linears, then = find_layers(model), manifest["model"]["fingerprint"]
     now = model_fingerprints({name: linears[name] for name in then if name in linears})
     if changed := [name for name in then if now.get(name) != then[name]]:
         differing.append(f"the weights of {len(changed)} of {len(then)} layers ({changed[0]}, ...)")

@@ -1,10 +1,9 @@
 """Masks built by several processes, each its share, and kept by piece: what is finished is not built again.
 
-A piece is a layer with the masks of all personas or, where a budget is searched (``--max-perplexity-increase``), a
-persona with the masks of all layers: the search needs the whole model.
+A piece is a layer with the masks of all personas; all experts in one parameter are one piece. Where a budget is
+searched (``--max-perplexity-increase``) it is a persona with the masks of all layers: the search needs the whole model.
 """
 
-from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from pipeline.building import build_masks, composed, shapes_of
 from pipeline.calibration import Stage, spread_threads
 from pipeline.config import FIRST_ORDER, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
+from pipeline.experts import parameter_of
 from pipeline.gradients import Gradients
 from pipeline.loading import load_model, load_tokenizer
 from pipeline.masks import PersonaMasks
+from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, load_statistics, write_tensors
 
 SHARDS = "shards"
@@ -44,14 +45,15 @@ class BuildModule(Stage):
         self.held = [load_model(self.config.model)]
 
     def on_predict_start(self) -> None:
-        spread_threads(self.trainer, self.device)
+        spread_threads(self.trainer, self.device, self.config.deterministic)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         (model,) = self.held
         self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
         self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
         shapes = shapes_of(model, self.stats, self.config)
-        pieces = self.catalogue.personas if self.config.budget else sorted(shapes, key=lambda n: -_size(shapes[n]))
+        self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
+        pieces = sorted(self.layers, key=lambda piece: -sum(_size(shapes[layer]) for layer in self.layers[piece]))
         missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
             self.increase = neutral_cost(model, load_tokenizer(self.config.model), self.config)
@@ -70,28 +72,46 @@ class BuildModule(Stage):
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
-            masks = build_masks(*run, layers={piece})
-            write_tensors(shard(self.folder, piece), {p: masks.bits[p][piece] for p in masks.personas}, {})
+            masks = build_masks(*run, layers=set(self.layers[piece]))
+            tensors = {f"{persona}/{layer}": bits for persona, of in masks.bits.items() for layer, bits in of.items()}
+            write_tensors(shard(self.folder, piece), tensors, {})
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("masks built")
 
 
+def layers_of(
+    shapes: dict[str, tuple[int, int]], stats: ActivationStats, catalogue: Catalogue, config: CalibrateConfig
+) -> dict[str, list[str]]:
+    """The layers of every piece."""
+    if config.budget:
+        return {persona: list(shapes) for persona in catalogue.personas}
+    routed = {site.name for site in stats.sites if site.routed}
+    pieces: dict[str, list[str]] = {}
+    for layer in shapes:
+        pieces.setdefault(parameter_of(layer) if layer in routed else layer, []).append(layer)
+    return pieces
+
+
 def gather(
-    folder: Path, personas: Iterable[str], shapes: dict[str, tuple[int, int]], config: CalibrateConfig
+    folder: Path,
+    shapes: dict[str, tuple[int, int]],
+    stats: ActivationStats,
+    catalogue: Catalogue,
+    config: CalibrateConfig,
 ) -> tuple[PersonaMasks, dict[str, dict[str, float]]]:
     """All pieces together; and, for the manifest, every persona's ``factor`` and ``perplexity_increase``."""
-    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in personas}
+    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in catalogue.personas}
     fitted: dict[str, dict[str, float]] = {"factor": {}, "perplexity_increase": {}}
-    for piece in bits if config.budget else shapes:
+    for piece, layers in layers_of(shapes, stats, catalogue, config).items():
         with safe_open(str(shard(folder, piece)), "pt") as file:
             if config.budget:
-                bits[piece] = {layer: file.get_tensor(layer) for layer in shapes}
+                bits[piece] = {layer: file.get_tensor(layer) for layer in layers}
                 for name, values in fitted.items():
                     values[piece] = float(Decimal(file.metadata()[name]))
             else:
-                for persona, layers in bits.items():
-                    layers[piece] = file.get_tensor(persona)
+                for persona, of in bits.items():
+                    of.update({layer: file.get_tensor(f"{persona}/{layer}") for layer in layers})
     return PersonaMasks(shapes, bits), fitted if config.budget else {}
 
 

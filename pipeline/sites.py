@@ -7,22 +7,33 @@ model's name.
 
 import re
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import FIRST_ORDER, CalibrateConfig
 from pipeline.errors import UserError
+from pipeline.experts import ExpertMatrix, by_module, find_experts
+from pipeline.quantised import check_plain
 
 
 @dataclass(frozen=True)
 class Site:
-    """One measured input: its ``width`` K and the names of the linears that read it."""
+    """One measured input: its ``width`` K and the names of the linears that read it.
+
+    ``routed``: an expert's input, which has only the tokens that were routed to it, and counts of its own.
+    ``calls``: how often a forward pass calls them; what they read is averaged over the calls.
+    """
 
     name: str
     width: int
     linears: tuple[str, ...]
+    routed: bool = False
+    calls: int = field(default=1, compare=False)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -32,6 +43,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 def matrix(module: Any) -> Tensor:
     """The weight as ``[N, K]`` (a view)."""
+    if isinstance(module, ExpertMatrix):
+        return module.matrix
     return module.weight.T if is_transposed(module) else module.weight
 
 
@@ -41,78 +54,155 @@ def find_linears(model: Any, include: str = "", exclude: str = "") -> dict[str, 
     ``include`` and ``exclude`` are regular expressions searched in the layer's name; empty means all
     and none. Raises UserError for quantised layers, a bad expression, or if nothing is left.
     """
-    patterns = [_compile(option, text) for option, text in (("include", include), ("exclude", exclude))]
+    return _left(_linears(model, include, exclude), include, exclude)
+
+
+def find_layers(model: Any, include: str = "", exclude: str = "") -> dict[str, Any]:
+    """``find_linears``, and every expert's matrices (``pipeline.experts``), named and filtered in the same way."""
+    chosen = _chooser(include, exclude)
+    experts = {name: layer for name, layer in find_experts(model).items() if chosen(name)}
+    return _left({**_linears(model, include, exclude), **experts}, include, exclude)
+
+
+def maskable(model: Any, config: CalibrateConfig) -> dict[str, Any]:
+    """The layers that the options let be masked; the first-order criteria leave experts whole."""
+    find = find_linears if config.criterion in FIRST_ORDER else find_layers
+    return find(model, config.include, config.exclude)
+
+
+def _linears(model: Any, include: str, exclude: str) -> dict[str, nn.Module]:
+    chosen = _chooser(include, exclude)
     tied = {id(module.weight) for module in _embeddings(model)}
     head = model.get_output_embeddings()
     found = {}
     for name, module in model.named_modules():
-        kind = type(module)
-        if isinstance(module, nn.Linear) and kind is not nn.Linear and _is_quantised(module):
-            raise UserError(f"layer {name}: {kind.__module__}.{kind.__name__} is quantised; load the model unquantised")
+        check_plain(name, module)
         if not (isinstance(module, nn.Linear) or is_transposed(module)):
             continue
-        if module is head or id(module.weight) in tied:
-            continue
-        if (include and not patterns[0].search(name)) or (exclude and patterns[1].search(name)):
+        if module is head or id(module.weight) in tied or not chosen(name):
             continue
         found[name] = module
+    return found
+
+
+def _left(found: dict[str, Any], include: str, exclude: str) -> dict[str, Any]:
     if not found:
         raise UserError(f"no linear layer is left to mask (include={include!r}, exclude={exclude!r})")
     return found
 
 
-def expert_parameters(model: nn.Module) -> list[str]:
-    """Mixture-of-experts weights kept as 3-d parameters: not covered, and to be reported as such."""
-    return [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name.lower()]
+def _chooser(include: str, exclude: str) -> Callable[[str], bool]:
+    wanted, unwanted = (_compile(option, text) for option, text in (("include", include), ("exclude", exclude)))
+    return lambda name: bool((not include or wanted.search(name)) and not (exclude and unwanted.search(name)))
 
 
-def find_sites(model: Any, linears: dict[str, nn.Module], device: torch.device) -> tuple[list[Site], list[str]]:
-    """Run one tiny forward pass and group the linears by the tensor they read.
+class Readers:
+    """Which of the layers read which tensor, in the order of the calls of one forward pass."""
 
-    Returns the sites in order of execution, and the names of linears that the pass did not call.
-    """
-    readers: dict[str, list[str]] = {}
-    width: dict[str, int] = {}
-    alive: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+    def __init__(self) -> None:
+        self._calls: dict[str, list[int]] = {}
+        self._width: dict[str, int] = {}
+        self._alive: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+        self._routed: set[str] = set()
+        self._tensors = 0
 
-    def hook(name: str):
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            if any(name in names for names in readers.values()):
-                return
-            ref, version, site = alive.get(id(x), (None, -1, ""))
-            if ref is not None and ref() is x and version == x._version:
-                readers[site].append(name)
-                return
-            readers[name], width[name] = [name], x.shape[-1]
-            alive[id(x)] = (weakref.ref(x), x._version, name)
+    def note(self, name: str, x: Tensor) -> None:
+        """Layer ``name`` is called with ``x``."""
+        ref, version, number = self._alive.get(id(x), (None, -1, -1))
+        if ref is None or ref() is not x or version != x._version:
+            number, self._tensors = self._tensors, self._tensors + 1
+            self._alive[id(x)] = (weakref.ref(x), x._version, number)
+        self._calls.setdefault(name, []).append(number)
+        self._width[name] = x.shape[-1]
 
-        return before
+    def note_experts(self, layers: dict[str, Any]) -> None:
+        """The module of these experts' matrices is called: each reads the tokens routed to it, a site of its own."""
+        for name, layer in layers.items():
+            self._routed.add(name)
+            self._calls.setdefault(name, []).append(self._tensors)
+            self._width[name] = layer.matrix.shape[1]
+            self._tensors += 1
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    @property
+    def called(self) -> set[str]:
+        return set(self._calls)
+
+    def sites(self) -> list[Site]:
+        """In order of the first call. Layers share a site if they read the same tensors in all their calls."""
+        readers: dict[tuple[int, ...], list[str]] = {}
+        for name, tensors in self._calls.items():
+            readers.setdefault(tuple(tensors), []).append(name)
+        return [
+            Site(names[0], self._width[names[0]], tuple(names), names[0] in self._routed, len(calls))
+            for calls, names in readers.items()
+        ]
+
+
+@contextmanager
+def watching(layers: dict[str, Any]) -> Iterator[Readers]:
+    """Note the calls of ``layers`` during the forward pass inside; the hooks are removed on leaving."""
+    readers = Readers()
+    handles = []
+    for name, module in layers.items():
+        if isinstance(module, nn.Module):
+            handles.append(module.register_forward_pre_hook(lambda _, x, name=name: readers.note(name, x[0])))
+    for module, of in by_module(layers):
+        handles.append(module.register_forward_pre_hook(lambda _, x, of=of: readers.note_experts(of)))
+    try:
+        yield readers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def probe(model: Any, device: torch.device) -> Tensor:
+    """Ids int64 ``[1, 8]`` for a pass that only looks at how a model is wired."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=device) % vocabulary).unsqueeze(0)
+    return (torch.arange(8, device=device) % vocabulary).unsqueeze(0)
+
+
+def find_sites(model: Any, layers: dict[str, Any], device: torch.device) -> tuple[list[Site], list[str]]:
+    """Run one tiny forward pass and group the layers by the tensor they read.
+
+    Returns the sites in order of execution, and the names of layers that the pass did not call.
+    """
+    ids = probe(model, device)
     training = model.training
     try:
         model.eval()
         # no_grad, not inference_mode: inference tensors have no version counter.
-        with torch.inference_mode(False), torch.no_grad():
+        with watching(layers) as readers, torch.inference_mode(False), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
-    called = {name for names in readers.values() for name in names}
-    sites = [Site(name, width[name], tuple(names)) for name, names in readers.items()]
-    return sites, [name for name in linears if name not in called]
+    return readers.sites(), [name for name in layers if name not in readers.called]
+
+
+def decoder_blocks(model: Any) -> dict[str, nn.Module]:
+    """The decoder blocks of a Hugging Face model by name, in order. Raises UserError if it has no list of them."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return {f"{name}.{number}": block for number, block in enumerate(module)}
+    raise UserError(f"{type(model).__name__} has no list of {count} decoder blocks")
 
 
 @torch.inference_mode()
 def check_causal(model: Any, device: torch.device) -> None:
     """Raise UserError if a token changes what the model computes before it (an encoder such as BERT)."""
+    ids = causal_probe(model, device)
+    compare_causal(model, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+def causal_probe(model: Any, device: torch.device) -> Tensor:
+    """Ids int64 ``[2, 4]`` of two sequences that differ in the last token only."""
     last = min(7, model.get_input_embeddings().weight.shape[0] - 1)
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, last]], device=device).clamp(max=last)
-    first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :3].float()
+    return torch.tensor([[1, 2, 3, 4], [1, 2, 3, last]], device=device).clamp(max=last)
+
+
+def compare_causal(model: Any, computed: Tensor) -> None:
+    """Raise UserError if what was computed from ``causal_probe`` ``[2, 4, D]`` differs before the last token."""
+    first, second = computed[:, :3].float()
     # Both rows are computed alike, so that rounding hardly differs; NaN is for the collector to name.
     difference, scale = (first - second).abs().max(), first.std()
     if difference > 1e-3 * scale:
@@ -121,12 +211,6 @@ def check_causal(model: Any, device: torch.device) -> None:
 
 def _embeddings(model: Any) -> list[nn.Module]:
     return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-
-
-def _is_quantised(module: nn.Linear) -> bool:
-    return (
-        not module.weight.dtype.is_floating_point or module.weight.numel() != module.in_features * module.out_features
-    )
 
 
 def _compile(option: str, pattern: str) -> re.Pattern[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from pipeline.cli import note
 from pipeline.errors import SpoiledError, UserError
+from pipeline.provenance import RUN
+from pipeline.reading import parse_json
 from pipeline.signals import unbroken
 from pipeline.store import MANIFEST, STATISTICS
 
@@ -94,7 +96,8 @@ def _vanishing(staging: Path, resume: bool) -> Iterator[None]:
 
 
 def _begin(staging: Path, overwrite: bool) -> None:
-    if has_progress(staging) and not overwrite:
+    # Without a state (--stream) nobody can go on with it.
+    if has_progress(staging) and (staging / STATE).exists() and not overwrite:
         output = staging.name.removeprefix(".").removesuffix(".partial")
         raise UserError(
             f"--output: an unfinished run of {output} is in {staging}; go on with --resume, or begin anew with "
@@ -108,7 +111,7 @@ def _begin(staging: Path, overwrite: bool) -> None:
 def _finish(staging: Path, output: Path) -> None:
     """Leave only what belongs to a run and put it in its place; a manifest says that it is complete."""
     for file in staging.iterdir():
-        if file.name not in (MANIFEST, STATISTICS, MASKS, STATE):
+        if file.name not in (MANIFEST, STATISTICS, MASKS, RUN, STATE):
             if file.is_dir():
                 shutil.rmtree(file)
             else:
@@ -196,7 +199,7 @@ def _lock(output: Path) -> Iterator[None]:
 
 def _owner(path: Path) -> str:
     try:
-        owner = json.loads(path.read_bytes())
+        owner = parse_json(path.read_bytes())
         return f"process {owner['process']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"see {path}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.module import draw
 from pipeline.errors import UserError
-from pipeline.fingerprint import data_hash, versions
+from pipeline.fingerprint import data_hash
 from pipeline.loading import resolve
+from pipeline.provenance import PLACE, versions
+from pipeline.reading import read_json
 from pipeline.staging import STATE, staging_of
 from pipeline.store import MANIFEST, load_manifest, write_json
 
 BUILDING = ("criterion", "sparsity", "max_perplexity_increase", "activation", "temperature", "pool", "evidence")
 """Options that only scoring and selection read: they may change, what is measured stays as it is."""
-HERE = ("resume", "overwrite", "checkpoint_every", "output")
-"""Options that no result depends on."""
 BLOCKS, BLOCK = 64, 1 << 16
 """A file is recognised by so many blocks of so many bytes, evenly spread: a whole 70B model would take minutes."""
 
@@ -35,10 +34,10 @@ def saved_options(output: Path) -> dict[str, Any]:
     """The options that the unfinished (or just finished) run of ``output`` was started with. Raises UserError."""
     staging = staging_of(output)
     for folder in (staging, output):
-        if (folder / MANIFEST).exists():
-            return load_manifest(folder)["options"]
         if (folder / STATE).exists():
             return _read(folder)["options"]
+    if (output / MANIFEST).exists():
+        return load_manifest(output)["options"]
     raise UserError(f"--resume {output}: there is no unfinished run (looked for {staging / STATE})")
 
 
@@ -47,17 +46,16 @@ def begin(staging: Path, config: CalibrateConfig, catalogue: Catalogue) -> None:
     write_json(staging / STATE, _described(config, catalogue))
 
 
-def go_on(staging: Path, config: CalibrateConfig, catalogue: Catalogue) -> bool:
-    """Check that an unfinished run can go on; False if what is built already has to be built anew.
+def check(staging: Path, config: CalibrateConfig, catalogue: Catalogue) -> dict[str, Any]:
+    """Check that an unfinished run can go on. Returns the options of ``BUILDING`` that differ, as they were.
 
-    Raises UserError with every difference.
+    Raises UserError with every other difference.
     """
     then, now = _read(staging), _described(config, catalogue)
-    now["options"] |= {name: then["options"][name] for name in HERE if name in then["options"]}
     differing = [
         f"--{name.replace('_', '-')} ({then['options'].get(name)}, now {value})"
         for name, value in now["options"].items()
-        if name not in BUILDING and then["options"].get(name) != value
+        if name not in (*BUILDING, *PLACE) and then["options"].get(name) != value
     ]
     for plus in then["data"] | now["data"]:
         if then["data"].get(plus) != now["data"].get(plus):
@@ -71,9 +69,7 @@ def go_on(staging: Path, config: CalibrateConfig, catalogue: Catalogue) -> bool:
             f"--resume {config.output}: the run was started with something else: {'; '.join(differing)}; put it back, "
             f"or begin anew with --overwrite"
         )
-    same = all(then["options"].get(name) == now["options"][name] for name in BUILDING)
-    write_json(staging / STATE, now)
-    return same
+    return {n: then["options"].get(n) for n in BUILDING if then["options"].get(n) != now["options"][n]}
 
 
 def check_files(staging: Path) -> None:
@@ -81,11 +77,6 @@ def check_files(staging: Path) -> None:
     then = _read(staging)["files"]
     if changed := changes(then, {name: _file(Path(name)) for name in then}):
         raise UserError(f"changed during the run: {'; '.join(changed)}; put it back and go on with --resume")
-
-
-def options_at_start(staging: Path) -> dict[str, Any]:
-    """The options as the run was started with them: a manifest does not show that a run was resumed."""
-    return _read(staging)["options"]
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -139,9 +130,9 @@ def _file(path: Path) -> dict[str, Any] | None:
 
 def _read(staging: Path) -> dict[str, Any]:
     try:
-        state = json.loads((staging / STATE).read_bytes().decode("utf-8"))
+        state = read_json(staging / STATE)
         if not all(isinstance(state[key], dict) for key in ("options", "data", "files", "versions")):
             raise ValueError("a field is no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{staging / STATE}: cannot be read ({error}); begin anew with --overwrite") from error
     return state

@@ -5,7 +5,7 @@ types, mixtures). Field meanings: ``kernels.ops.activation_stats``.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,13 +41,15 @@ class ActivationStats:
     """Sums for P personas at every site.
 
     ``sums[site]`` is float64 ``[P, 8, K]``; ``counts`` float64 ``[P, 3]``: samples, counted tokens and
-    sink tokens (fractional after a weighted composition).
+    sink tokens (fractional after a weighted composition). A routed site (an expert's) has counts of its own in
+    ``routed``, of the same shape: the samples and tokens that reached it.
     """
 
     personas: tuple[str, ...]
     sites: tuple[Site, ...]
     sums: dict[str, Tensor]
     counts: Tensor
+    routed: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def zeros(
@@ -59,20 +61,27 @@ class ActivationStats:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         sums = {site.name: empty(len(names), len(FIELDS), site.width) for site in places}
-        return cls(names, places, sums, empty(len(names), 3))
+        routed = {site.name: empty(len(names), 3) for site in places if site.routed}
+        return cls(names, places, sums, empty(len(names), 3), routed)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that adds up over samples, by the name it has on disk."""
+        routed = {f"counts/{name}": counts for name, counts in self.routed.items()}
+        return {"counts": self.counts, **routed, **{f"sums/{name}": sums for name, sums in self.sums.items()}}
 
     def to(self, device: torch.device | str) -> "ActivationStats":
-        """The same sums on another device."""
-        sums = {name: tensor.to(device) for name, tensor in self.sums.items()}
-        return ActivationStats(self.personas, self.sites, sums, self.counts.to(device))
+        """The same on another device."""
+        sums, routed = ({n: t.to(device) for n, t in of.items()} for of in (self.sums, self.routed))
+        return ActivationStats(self.personas, self.sites, sums, self.counts.to(device), routed)
 
     def merge(self, other: "ActivationStats") -> "ActivationStats":
         """Add the sums of disjoint samples in place. Raises ValueError if personas or sites differ."""
         if self.personas != other.personas or self.sites != other.sites:
             raise ValueError("statistics of different personas or layers cannot be merged")
-        for name, sums in self.sums.items():
-            sums += other.sums[name]
-        self.counts += other.counts
+        theirs = other.tensors
+        for name, tensor in self.tensors.items():
+            tensor += theirs[name]
         return self
 
     def compose(self, recipes: Mapping[str, Iterable[tuple[str, float]]]) -> "ActivationStats":
@@ -82,7 +91,8 @@ class ActivationStats:
             for persona, weight in parts:
                 weights[row, self.personas.index(persona)] += weight
         sums = {name: torch.einsum("rp,pfk->rfk", weights, value) for name, value in self.sums.items()}
-        return ActivationStats(tuple(recipes), self.sites, sums, weights @ self.counts)
+        routed = {name: weights @ counts for name, counts in self.routed.items()}
+        return ActivationStats(tuple(recipes), self.sites, sums, weights @ self.counts, routed)
 
     def select(self, personas: Iterable[str]) -> "ActivationStats":
         """The statistics of some personas, in the order given."""
@@ -93,15 +103,30 @@ class ActivationStats:
         if self.sites != other.sites:
             raise ValueError("statistics of different layers cannot be put together")
         sums = {name: torch.cat([value, other.sums[name]]) for name, value in self.sums.items()}
-        return ActivationStats(self.personas + other.personas, self.sites, sums, torch.cat([self.counts, other.counts]))
+        routed = {name: torch.cat([counts, other.routed[name]]) for name, counts in self.routed.items()}
+        counts = torch.cat([self.counts, other.counts])
+        return ActivationStats(self.personas + other.personas, self.sites, sums, counts, routed)
 
     def channels(self, persona: str, site: str) -> ChannelStats:
         """Means of one persona at one site. Raises UserError if it has no counted token."""
         row = self.personas.index(persona)
-        samples, tokens, sinks = self.counts[row].tolist()
+        return self._means(persona, self.sums[site][row], self.routed.get(site, self.counts)[row])
+
+    def pooled(self, persona: str, sites: Iterable[str]) -> ChannelStats:
+        """The means over several routed sites together (all experts of a layer): their sums and counts added."""
+        row, names = self.personas.index(persona), list(sites)
+        sums = torch.stack([self.sums[name][row] for name in names]).sum(0)
+        return self._means(persona, sums, torch.stack([self.routed[name][row] for name in names]).sum(0))
+
+    def tokens(self, persona: str, site: str) -> float:
+        """Counted tokens of one persona at one site."""
+        return float(self.routed.get(site, self.counts)[self.personas.index(persona), TOKENS])
+
+    def _means(self, persona: str, sums: Tensor, counts: Tensor) -> ChannelStats:
+        samples, tokens, sinks = counts.tolist()
         if samples <= 0 or tokens <= 0:
             raise UserError(f"persona {persona!r} has no counted token; see --tokens")
-        rms, ms, square, magnitude, signed, sink_square, _, _ = self.sums[site][row]
+        rms, ms, square, magnitude, signed, sink_square, _, _ = sums
         mu = rms / samples
         return ChannelStats(
             tokens=tokens,

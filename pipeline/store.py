@@ -6,28 +6,32 @@ that a folder with a manifest is always whole.
 
 import hashlib
 import json
-import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
+from pipeline import tensorfile
 from pipeline.data.catalogue import check_name
+from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
 from pipeline.masks import PersonaMasks
+from pipeline.reading import parse_json, read_json
 from pipeline.sites import Site
 from pipeline.stats import ActivationStats
+from pipeline.terminal import described, printable, shortened
 
 FORMAT = "persona-subnetworks/masks"
 VERSION = 1
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
-MAX_MANIFEST = 1 << 30
+MOST_COLUMNS = 1 << 31
+"""Rows or columns of a layer that a manifest may name."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -35,16 +39,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-        size = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + size])
-        # The library writes the metadata in an order that changes from process to process.
-        header["__metadata__"] = metadata
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
         with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.write(memoryview(content)[8 + size :])
+            tensorfile.write(file, tensors, metadata)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -72,36 +68,56 @@ def write_json(path: Path, content: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_statistics(stats: ActivationStats, path: Path, **more: str) -> None:
-    """Write the statistics of every persona and site; ``more`` is further metadata."""
+def save_statistics(
+    stats: ActivationStats, path: Path, beside: Mapping[str, Tensor] | None = None, **more: str
+) -> None:
+    """Write the statistics of every persona and site; further tensors ``beside`` them and ``more`` metadata."""
     header = {
         **more,
         "personas": json.dumps(stats.personas),
         "sites": json.dumps([[s.name, s.width, list(s.linears)] for s in stats.sites]),
     }
-    write_tensors(path, {"counts": stats.counts, **{f"sums/{n}": t for n, t in stats.sums.items()}}, header)
+    write_tensors(path, {**stats.tensors, **(beside or {})}, header)
 
 
 def load_statistics(path: Path) -> ActivationStats:
     """Read what ``save_statistics`` wrote. Raises UserError."""
     try:
         with safe_open(str(path), "pt") as file:
-            header = file.metadata() or {}
-            personas = tuple(json.loads(header["personas"]))
-            sites = tuple(Site(name, width, tuple(linears)) for name, width, linears in json.loads(header["sites"]))
+            personas, sites = _statistics_header(file.metadata() or {}, set(file.keys()))
+            for site in sites:
+                shape = [len(personas), len(FIELDS), site.width]
+                _check_tensor(file, f"sums/{site.name}", "F64", shape)
+                if site.routed:
+                    _check_tensor(file, f"counts/{site.name}", "F64", [len(personas), 3])
+            _check_tensor(file, "counts", "F64", [len(personas), 3])
             sums = {site.name: file.get_tensor(f"sums/{site.name}") for site in sites}
+            routed = {site.name: file.get_tensor(f"counts/{site.name}") for site in sites if site.routed}
             counts = file.get_tensor("counts")
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a statistics file of this tool ({error})") from error
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, UserError) as error:
+        raise UserError(f"{path}: not a statistics file of this tool ({shortened(str(error))})") from error
+    stats = ActivationStats(personas, sites, sums, counts, routed)
+    for name, tensor in stats.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+    if any(bool((held < 0).any()) for held in (counts, *routed.values())):
+        raise UserError(f"{path}: counts below 0")
+    return stats
+
+
+def _statistics_header(header: dict[str, str], held: set[str]) -> tuple[tuple[str, ...], tuple[Site, ...]]:
+    """Personas and sites; ``held`` are the names of the file's tensors. Raises KeyError, TypeError or ValueError."""
+    personas = tuple(check_name(p) if p != NEUTRAL else p for p in parse_json(header["personas"].encode()))
+    sites = tuple(
+        Site(name, width, tuple(linears), f"counts/{name}" in held)
+        for name, width, linears in parse_json(header["sites"].encode())
+    )
     for site in sites:
-        if sums[site.name].shape != (len(personas), len(FIELDS), site.width):
-            raise UserError(f"{path}: sums of {site.name} have shape {list(sums[site.name].shape)}")
-    if counts.shape != (len(personas), 3):
-        raise UserError(f"{path}: counts have shape {list(counts.shape)}, expected [{len(personas)}, 3]")
-    for name, tensor in (("counts", counts), *sums.items()):
-        if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path}: {name} must be finite float64, got {tensor.dtype}")
-    return ActivationStats(personas, sites, sums, counts)
+        if not all(isinstance(name, str) for name in (site.name, *site.linears)) or type(site.width) is not int:
+            raise ValueError(f"site {site.name!r:.80}")
+    if len(set(personas)) < len(personas) or len({site.name for site in sites}) < len(sites):
+        raise ValueError("a persona or a site is named twice")
+    return personas, sites
 
 
 def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> None:
@@ -109,16 +125,33 @@ def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> N
     files = {}
     for persona in masks.personas:
         name = f"masks/{check_name(persona)}.safetensors"
-        write_tensors(folder / name, masks.bits[persona], {"format": FORMAT, "persona": persona})
-        files[persona] = {
-            "file": name,
-            "bytes": (folder / name).stat().st_size,
-            "sha256": _sha256(folder / name),
-            "density": masks.density(persona),
-            "kept": masks.kept(persona),
-        }
-    layers = {name: list(shape) for name, shape in masks.shapes.items()}
-    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "layers": layers, "masks": files})
+        write_tensors(folder / name, masks.bits[persona], mask_metadata(persona))
+        files[persona] = mask_entry(folder, name, masks.density(persona), masks.kept(persona))
+    save_manifest(folder, manifest, masks.shapes, files)
+
+
+def mask_metadata(persona: str) -> dict[str, str]:
+    """The metadata of a persona's mask file."""
+    return {"format": FORMAT, "persona": persona}
+
+
+def mask_entry(folder: Path, name: str, density: float, kept: dict[str, int]) -> dict[str, Any]:
+    """What the manifest says of the mask file ``name`` in ``folder``."""
+    return {"file": name, **_signed(folder / name), "density": density, "kept": kept}
+
+
+def save_manifest(
+    folder: Path, manifest: dict[str, Any], shapes: dict[str, tuple[int, int]], files: dict[str, dict[str, Any]]
+) -> None:
+    """Write the manifest over masks that are written already. Raises OSError."""
+    layers = {name: list(shape) for name, shape in shapes.items()}
+    other = {"files": {STATISTICS: _signed(folder / STATISTICS)}} if (folder / STATISTICS).exists() else {}
+    content = {"format": FORMAT, "version": VERSION, **manifest, "layers": layers, "masks": files, **other}
+    write_json(folder / MANIFEST, content)
+
+
+def _signed(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -127,25 +160,33 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder}: no {MANIFEST} there, so it is not a finished run of pipeline.calibrate")
     try:
-        if path.stat().st_size > MAX_MANIFEST:
-            raise ValueError(f"{path.stat().st_size} bytes are no manifest")
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
+        manifest = read_json(path)
         if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']!r}")
+            raise ValueError(f"format {described(manifest['format'])}")
         if manifest["version"] != VERSION:
-            raise ValueError(f"version {manifest['version']!r}; this program reads version {VERSION}")
+            raise ValueError(f"version {described(manifest['version'])}; this program reads version {VERSION}")
         for shape in manifest["layers"].values():
-            if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-                raise ValueError(f"layer shape {shape}")
+            if len(shape) != 2 or not all(type(size) is int and 0 < size < MOST_COLUMNS for size in shape):
+                raise ValueError(f"layer shape {described(shape)}")
         _check_fields(manifest)
         for persona, entry in manifest["masks"].items():
-            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
-                raise ValueError(f"size and checksum of persona {persona!r}")
+            _check_signature(entry, persona)
             if entry["file"] != f"masks/{check_name(persona)}.safetensors":
-                raise ValueError(f"file name {entry['file']!r} of persona {persona!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a manifest of this tool ({type(error).__name__}: {error})") from error
+                raise ValueError(f"file name {described(entry['file'])} of persona {persona!r}")
+        for name, entry in manifest.get("files", {}).items():
+            if name != STATISTICS:
+                raise ValueError(f"file name {described(name)}")
+            _check_signature(entry, name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            shortened(f"{path}: not a manifest of this tool ({type(error).__name__}: {shortened(str(error))})", 2000)
+        ) from error
     return manifest
+
+
+def _check_signature(entry: dict[str, Any], name: str) -> None:
+    if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+        raise ValueError(f"size and checksum of {name!r}")
 
 
 def _check_fields(manifest: dict[str, Any]) -> None:
@@ -162,6 +203,13 @@ def _check_fields(manifest: dict[str, Any]) -> None:
     for key in ("opponents", "questions"):
         if not isinstance(manifest["personas"][key], dict):
             raise ValueError(f"personas.{key} is a {type(manifest['personas'][key]).__name__}")
+    for names in manifest["personas"]["opponents"].items():
+        for name in names:
+            check_name(name)
+    shown = (manifest["model"]["id"], manifest["criterion"], manifest["sparsity"]["option"], *manifest["layers"])
+    for text in shown:
+        if printable(text) != text:
+            raise ValueError(f"control characters in {text[:80]!r}")
 
 
 def load_masks(folder: Path) -> PersonaMasks:
@@ -175,30 +223,50 @@ def load_masks(folder: Path) -> PersonaMasks:
 
 
 def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    if size != entry["bytes"]:
-        raise UserError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; the file is truncated or altered")
-    if not path.is_file() or _sha256(path) != entry["sha256"]:
-        raise UserError(f"{path}: the checksum differs from the manifest's; the file is altered")
-    expected = sum(rows * math.ceil(columns / 8) for rows, columns in shapes.values())
+    size = check_file(path, entry)
+    expected = sum(rows * bytes_of(columns) for rows, columns in shapes.values())
     if size < expected:
         raise UserError(f"{path}: {size} bytes cannot hold {expected} bytes of masks")
     try:
         with safe_open(str(path), "pt") as file:
             if set(file.keys()) != set(shapes):
                 raise ValueError(f"layers differ from the manifest's: {sorted(set(file.keys()) ^ set(shapes))[:3]}")
+            for name, (rows, columns) in shapes.items():
+                _check_tensor(file, name, "U8", [rows, bytes_of(columns)], "mask of")
             bits = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    for name, (rows, columns) in shapes.items():
-        if bits[name].dtype != torch.uint8 or tuple(bits[name].shape) != (rows, math.ceil(columns / 8)):
-            raise UserError(
-                f"{path}: mask of {name} is {list(bits[name].shape)} {bits[name].dtype}, layer is [{rows}, {columns}]"
-            )
+    for name, (_, columns) in shapes.items():
+        if columns % 8 and bool((bits[name][:, -1] >> columns % 8).any()):
+            raise UserError(f"{path}: the mask of {name} has bits behind its last column")
     return bits
+
+
+def check_file(path: Path, entry: dict[str, Any]) -> int:
+    """The size of a file that is as the manifest's ``entry`` says. Raises UserError."""
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise UserError(
+                f"{path}: {size} bytes, the manifest says {entry['bytes']}; the file is truncated or altered"
+            )
+        if not path.is_file() or _sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: the checksum differs from the manifest's; the file is altered")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return size
+
+
+def bytes_of(columns: int) -> int:
+    """Bytes of a packed row."""
+    return (columns + 7) // 8
+
+
+def _check_tensor(file: Any, name: str, dtype: str, shape: list[int], what: str = "tensor") -> None:
+    """Raise ValueError unless a tensor in an open safetensors file is as it should be; reads the header alone."""
+    found = file.get_slice(name)
+    if found.get_dtype() != dtype or found.get_shape() != shape:
+        raise ValueError(f"{what} {name} is {found.get_shape()} {found.get_dtype()}, expected {shape} {dtype}")
 
 
 def _sha256(path: Path) -> str:

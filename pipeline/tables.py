@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.evaluation import Contrast, Record, place
+from pipeline.terminal import printable
 
 
 def score(record: Record) -> float:
@@ -61,10 +62,10 @@ def print_generation(generation: Sequence[dict[str, Any]], count: int) -> None:
         return
     first = [entry for entry in generation if entry["pair"] == generation[0]["pair"]]
     for number in range(min(count, first[0]["n"])):
-        print(f"\nQ: {first[0]['answers'][number]['question']}")
+        print(printable(f"\nQ: {first[0]['answers'][number]['question']}"))
         for entry in first:
             text = entry["answers"][number]
-            print(f"  {_speaker(entry)}: {text['answer']}")
+            print(printable(f"  {_speaker(entry)}: {text['answer']}"))
             print(f"      {_measures(text)}")
     print()
     for entry in generation if generation[0]["n"] > 1 else []:

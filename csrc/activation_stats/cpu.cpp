@@ -52,7 +52,7 @@ Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& p
                   "role must be uint8 [B, T]");
   STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.size(1) == 8 && sums.size(2) == channels,
                   "sums must be float64 [P, 8, K]");
-  check_plain(persona, "persona", ScalarType::Long, batch);
+  check_plain(persona, "persona", ScalarType::Long, {batch});
   STD_TORCH_CHECK(tokens <= INT32_MAX, "x has too many tokens: ", tokens);
 
   const int64_t* owner = static_cast<const int64_t*>(persona.const_data_ptr());

@@ -38,9 +38,10 @@ bool correction_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
                            const Tensor& persona, double gamma, const std::optional<Tensor>& bias, Tensor& y) {
   check_product(x, weight, persona, bias, y);
   check_cpu(offsets, "offsets", 2);
-  check_plain(columns, "columns", ScalarType::UInt16, columns.numel());
-  check_plain(offsets, "offsets", ScalarType::Int, offsets.size(0) * (weight.size(0) + 1));
-  const std::vector<uint8_t> plain(static_cast<size_t>((weight.size(1) + 7) / 8), 0xff);
+  check_cpu(columns, "columns", 1);
+  check_plain(columns, "columns", ScalarType::UInt16, {columns.size(0)});
+  check_plain(offsets, "offsets", ScalarType::Int, {offsets.size(0), weight.size(0) + 1});
+  const std::vector<uint8_t> plain(static_cast<size_t>(bytes_of(weight.size(1))), 0xff);
   const Gates gates{
       {{plain.data(), 0}}, 0, removed_of(columns, offsets, persona, x.size(0)), static_cast<float>(1 - gamma)};
   if (gates.removed.empty() && x.size(0) > 0) return false;
@@ -53,12 +54,15 @@ void subtract_removed_cpu(const Tensor& x, const Tensor& weight, const Tensor& c
   check_cpu(y, "y", 2);
   check_weight(weight, y);
   const int64_t outputs = weight.size(0);
-  check_plain(x, "x", ScalarType::Float, weight.size(1) * kRowsAside);
-  check_plain(columns, "columns", ScalarType::UInt16, columns.numel());
-  check_plain(offsets, "offsets", ScalarType::Int, outputs + 1);
+  check_plain(x, "x", ScalarType::Float, {weight.size(1), kRowsAside});
+  check_cpu(columns, "columns", 1);
+  check_plain(columns, "columns", ScalarType::UInt16, {columns.size(0)});
+  check_plain(offsets, "offsets", ScalarType::Int, {outputs + 1});
   STD_TORCH_CHECK(y.size(0) <= kRowsAside && y.size(1) == outputs && (outputs < 2 || y.stride(1) == 1),
                   "y must have at most ", kRowsAside, " rows of N adjacent columns");
   const int32_t* offset = static_cast<const int32_t*>(offsets.const_data_ptr());
+  // Without columns there is no last one that a column which does not exist could count as.
+  if (weight.size(1) == 0 || y.size(0) == 0) return;
   const SubtractArguments arguments{
       static_cast<const float*>(x.const_data_ptr()),
       y.size(0),

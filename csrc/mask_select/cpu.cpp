@@ -1,5 +1,5 @@
 // Mask selections on torch's CPU threads: rows are split, and no row knows of another.
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
@@ -15,9 +15,9 @@ constexpr int64_t kDigits = 2048;
 
 /// The channel score behind zeros up to a multiple of 64: whole vectors can be loaded from it.
 std::vector<float> padded_channel(const Tensor& channel, int64_t columns) {
-  check_plain(channel, "channel", ScalarType::Float, columns);
+  check_plain(channel, "channel", ScalarType::Float, {columns});
   std::vector<float> padded(static_cast<size_t>(padded_columns(columns)), 0.0f);
-  std::memcpy(padded.data(), channel.const_data_ptr(), static_cast<size_t>(columns) * sizeof(float));
+  std::copy_n(static_cast<const float*>(channel.const_data_ptr()), columns, padded.data());
   return padded;
 }
 
@@ -28,7 +28,7 @@ Scores scores_of(const Tensor& values, const float* channel, const char* name) {
 }
 
 uint8_t* bits_of(Tensor& bits, const Tensor& values) {
-  check_plain(bits, "bits", ScalarType::Byte, values.size(0) * ((values.size(1) + 7) / 8));
+  check_plain(bits, "bits", ScalarType::Byte, {values.size(0), bytes_of(values.size(1))});
   return static_cast<uint8_t*>(bits.mutable_data_ptr());
 }
 
@@ -94,7 +94,7 @@ int64_t mask_select_nm_cpu(const Tensor& weight, const Tensor& channel, int64_t 
 int64_t count_digits_cpu(const Tensor& scores, int64_t level, int64_t prefix, Tensor& counts) {
   const Scores view = scores_of(scores, nullptr, "scores");
   STD_TORCH_CHECK(level >= 0 && level <= 2, "level must lie in 0..2, got ", level);
-  check_plain(counts, "counts", ScalarType::Long, kDigits);
+  check_plain(counts, "counts", ScalarType::Long, {kDigits});
   const int64_t rows = scores.size(0), parts = parts_of_rows(rows, view.columns);
   std::vector<int64_t> own(static_cast<size_t>(parts * kDigits), 0);
   const auto kernel = kernels().count_digits;

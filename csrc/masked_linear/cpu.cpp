@@ -40,7 +40,7 @@ void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona,
   STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() && x.size(1) == weight.size(1), "x must be [M, K], of y's dtype");
   STD_TORCH_CHECK(persona.scalar_type() == ScalarType::Int && (persona.size(0) == 1 || persona.size(0) == rows),
                   "persona must be int32 [M] or [1]");
-  check_plain(y, "y", x.scalar_type(), rows * outputs);
+  check_plain(y, "y", x.scalar_type(), {rows, outputs});
   if (bias.has_value()) {
     check_cpu(*bias, "bias", 1);
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == outputs, "bias must be [N]");
@@ -79,7 +79,7 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
                        const std::optional<Tensor>& bias, Tensor& y) {
   check_product(x, weight, persona, bias, y);
   check_cpu(bits, "bits", 3);
-  const int64_t row_bytes = (weight.size(1) + 7) / 8;
+  const int64_t row_bytes = bytes_of(weight.size(1));
   STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.size(1) == weight.size(0) &&
                       bits.size(2) == row_bytes && (row_bytes < 2 || bits.numel() == 0 || bits.stride(2) == 1),
                   "bits must be uint8 [P, N, ceil(K/8)] with adjacent bytes");
@@ -93,11 +93,11 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
 void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out) {
   check_weight(weight, out);
   check_cpu(bits, "bits", 2);
-  const int64_t rows = weight.size(0), columns = weight.size(1), row_bytes = (columns + 7) / 8;
+  const int64_t rows = weight.size(0), columns = weight.size(1), row_bytes = bytes_of(columns);
   STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.size(0) == rows && bits.size(1) == row_bytes &&
                       (row_bytes < 2 || rows == 0 || bits.stride(1) == 1),
                   "bits must be uint8 [N, ceil(K/8)] with adjacent bytes");
-  check_plain(out, "out", weight.scalar_type(), rows * columns);
+  check_plain(out, "out", weight.scalar_type(), {rows, columns});
   const GateArguments arguments{matrix_of(weight),
                                 element_of(weight, "weight"),
                                 {static_cast<const uint8_t*>(bits.const_data_ptr()), bits.stride(0)},

@@ -26,7 +26,7 @@ constexpr std::array<uint64_t, 256> kSpread = make_spread();
 /// Calls `f(row, byte, count)` for the `count` columns of every byte, rows split over the threads.
 template <class F>
 void over_bytes(int64_t rows, int64_t columns, const F& f) {
-  const int64_t row_bytes = (columns + 7) / 8;
+  const int64_t row_bytes = bytes_of(columns);
   const int64_t parts = parts_of(rows, kLeastBytes / std::max<int64_t>(row_bytes, 1));
   parallel_parts(rows, parts, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
@@ -40,9 +40,9 @@ void over_bytes(int64_t rows, int64_t columns, const F& f) {
 
 void pack_bits_cpu(const Tensor& mask, Tensor& bits) {
   check_cpu(mask, "mask", 2);
-  const int64_t rows = mask.size(0), columns = mask.size(1), row_bytes = (columns + 7) / 8;
-  check_plain(mask, "mask", ScalarType::Bool, rows * columns);
-  check_plain(bits, "bits", ScalarType::Byte, rows * row_bytes);
+  const int64_t rows = mask.size(0), columns = mask.size(1), row_bytes = bytes_of(columns);
+  check_plain(mask, "mask", ScalarType::Bool, {rows, columns});
+  check_plain(bits, "bits", ScalarType::Byte, {rows, row_bytes});
   const char* source = static_cast<const char*>(mask.const_data_ptr());
   uint8_t* target = static_cast<uint8_t*>(bits.mutable_data_ptr());
   over_bytes(rows, columns, [&](int64_t row, int64_t byte, size_t count) {
@@ -54,9 +54,10 @@ void pack_bits_cpu(const Tensor& mask, Tensor& bits) {
 
 void unpack_bits_cpu(const Tensor& bits, int64_t columns, Tensor& mask) {
   check_cpu(bits, "bits", 2);
-  const int64_t rows = bits.size(0), row_bytes = (columns + 7) / 8;
-  check_plain(bits, "bits", ScalarType::Byte, rows * row_bytes);
-  check_plain(mask, "mask", ScalarType::Bool, rows * columns);
+  STD_TORCH_CHECK(columns >= 0, "columns must be at least 0, got ", columns);
+  const int64_t rows = bits.size(0), row_bytes = bytes_of(columns);
+  check_plain(bits, "bits", ScalarType::Byte, {rows, row_bytes});
+  check_plain(mask, "mask", ScalarType::Bool, {rows, columns});
   const uint8_t* source = static_cast<const uint8_t*>(bits.const_data_ptr());
   char* target = static_cast<char*>(mask.mutable_data_ptr());
   over_bytes(rows, columns, [&](int64_t row, int64_t byte, size_t count) {

@@ -8,12 +8,13 @@ namespace {
 SparseMatrix sparse_of(const Tensor& values, const Tensor& bits, const Tensor& offsets, int64_t columns) {
   check_cpu(bits, "bits", 2);
   const int64_t rows = bits.size(0);
-  check_plain(bits, "bits", ScalarType::Byte, rows * ((columns + 7) / 8));
-  check_plain(offsets, "offsets", ScalarType::Long, rows + 1);
-  check_plain(values, "values", values.scalar_type(), values.numel());
+  check_plain(bits, "bits", ScalarType::Byte, {rows, bytes_of(columns)});
+  check_plain(offsets, "offsets", ScalarType::Long, {rows + 1});
+  check_cpu(values, "values", 1);
+  check_plain(values, "values", values.scalar_type(), {values.size(0)});
   STD_TORCH_CHECK(element_of(values, "values") != Element::f64, "float64 is not served");
   const int64_t* offset = static_cast<const int64_t*>(offsets.const_data_ptr());
-  STD_TORCH_CHECK(offset[0] == 0 && offset[rows] + kSparsePadding <= values.numel(), "values must hold ",
+  STD_TORCH_CHECK(offset[0] == 0 && offset[rows] <= values.numel() - kSparsePadding, "values must hold ",
                   kSparsePadding, " elements behind the last of ", offset[rows]);
   for (int64_t n = 0; n < rows; ++n) STD_TORCH_CHECK(offset[n] <= offset[n + 1], "offsets must not fall");
   return {values.const_data_ptr(),
@@ -32,7 +33,7 @@ void sparse_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& bits
   const int64_t rows = x.size(0);
   const SparseMatrix weight = sparse_of(values, bits, offsets, x.size(1));
   STD_TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x and values must have one dtype");
-  check_plain(y, "y", x.scalar_type(), rows * weight.rows);
+  check_plain(y, "y", x.scalar_type(), {rows, weight.rows});
   if (bias.has_value()) {
     check_cpu(*bias, "bias", 1);
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == weight.rows, "bias must be [N]");
@@ -58,9 +59,9 @@ void sparse_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& bits
 void expand_rows_cpu(const Tensor& values, const Tensor& bits, const Tensor& offsets, int64_t first, Tensor& out) {
   check_cpu(out, "out", 2);
   const SparseMatrix weight = sparse_of(values, bits, offsets, out.size(1));
-  check_plain(out, "out", values.scalar_type(), out.numel());
-  STD_TORCH_CHECK(0 <= first && first + out.size(0) <= weight.rows, "rows out of range: ", first, " and ", out.size(0),
-                  " from there");
+  check_plain(out, "out", values.scalar_type(), {out.size(0), out.size(1)});
+  STD_TORCH_CHECK(0 <= first && first <= weight.rows && out.size(0) <= weight.rows - first,
+                  "rows out of range: ", first, " and ", out.size(0), " from there");
   const auto kernel = kernels().expand_rows;
   const size_t row_bytes = static_cast<size_t>(out.size(1)) * out.element_size();
   char* target = static_cast<char*>(out.mutable_data_ptr());

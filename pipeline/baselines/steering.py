@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.data.prompts import Encoded, batches_by_tokens
 from pipeline.errors import UserError
+from pipeline.sites import decoder_blocks
 
 DEPTHS = (0.4, 0.47, 0.53, 0.6)
 """Which blocks are steered unless told otherwise, as shares of the model's depth."""
@@ -43,15 +44,6 @@ class Steering:
 
     vectors: Mapping[int, Tensor]
     strength: Strength
-
-
-def decoder_blocks(model: Any) -> list[nn.Module]:
-    """The decoder blocks of a Hugging Face model in order. Raises UserError if it has no list of them."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise UserError(f"{type(model).__name__} has no list of {count} decoder blocks, so it cannot be steered")
 
 
 def parse_layers(text: str, count: int) -> list[int]:
@@ -86,7 +78,7 @@ def _answer_means(
     model: Any, sequences: Sequence[Encoded], layers: Sequence[int], *, batch_tokens: int, pad: int
 ) -> dict[int, Tensor]:
     device = model.get_input_embeddings().weight.device
-    blocks = decoder_blocks(model)
+    blocks = list(decoder_blocks(model).values())
     seen: dict[int, Tensor] = {}
     sums: dict[int, Any] = {}
     handles = [
@@ -114,7 +106,7 @@ def _answer_means(
 @contextmanager
 def steered(model: Any, vectors: Mapping[int, Tensor], strength: float) -> Iterator[None]:
     """Add ``strength * vectors[block]`` to the output of those blocks at every position, for the time of a block."""
-    blocks = decoder_blocks(model) if vectors else []
+    blocks = list(decoder_blocks(model).values()) if vectors else []
 
     def adder(vector: Tensor) -> Callable[..., Any]:
         def add(module: nn.Module, inputs: Any, output: Any) -> Any:

@@ -6,7 +6,6 @@ labelled "A. ...", "B. ...", and the letter of the line that the other role answ
 programs which read the data set use; the data set itself was not at hand when this was written.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from pipeline.data.catalogue import ROLES, PersonaSet, check_name
 from pipeline.data.forms import Item, RowError, text_field
 from pipeline.data.voices import VoiceItem
 from pipeline.errors import UserError
+from pipeline.reading import read_json
+from pipeline.terminal import shortened
 
 REACTIONS = "reaction.json"
 HELD_OUT = 3
 """Every third reaction of a role is a test item: the data set has no split of its own."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"\s*([A-Z])\s*[.:)]\s*")
 
 
@@ -64,7 +66,7 @@ def load_reactions(source: str) -> tuple[list[Choice], list[str]]:
             split = "calibration" if seen[role] % HELD_OUT else "test"
             choices.append(Choice(question, tuple(lines.values()), {role: list(lines).index(letter)}, (), split, place))
         except RowError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(shortened(f"{place}: {error}"))
     if not choices:
         raise UserError(f"{source}: no usable reactions" + (f"; the first problem: {problems[0]}" if problems else ""))
     return choices, problems
@@ -105,7 +107,7 @@ def _rows(folder: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{folder}: no {REACTIONS} there or in a folder of it")
     for file in files:
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = read_json(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not JSON in UTF-8 ({error})") from error
         if not isinstance(rows, list):
@@ -132,10 +134,12 @@ def _reaction(row: Any) -> tuple[str, str, dict[str, str], str]:
 def _lines(told: Any) -> dict[str, str]:
     if not isinstance(told, list) or len(told) < 2 or not all(isinstance(line, str) for line in told):
         raise RowError("field 'multi_choices' must be a list of two or more texts")
+    if len(told) > len(LETTERS):
+        raise RowError(f"field 'multi_choices' holds {len(told)} texts, there are {len(LETTERS)} letters")
     lines: dict[str, str] = {}
     for number, text in enumerate(told):
         label = LABEL.match(text)
-        letter = label.group(1) if label else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number]
+        letter = label.group(1) if label else LETTERS[number]
         line = text[label.end() :].strip() if label else text.strip()
         if not line or letter in lines or line in lines.values():
             raise RowError(f"field 'multi_choices': the line {text[:40]!r} is empty or given twice")

@@ -81,16 +81,25 @@ def _two_answers(
 ) -> Item:
     if matching == other:
         raise RowError("both answers are the same")
-    topic = str(row.get("topic") or "")
-    return Item(text_field(row, "question"), matching, other, form, first, topic, split_field(row), source)
+    question = text_field(row, "question")
+    return Item(question, matching, other, form, first, topic_field(row), split_field(row), source)
 
 
 def split_field(row: Mapping[str, Any]) -> str:
     """ "calibration", "test" or "". Raises RowError."""
-    split = str(row.get("split") or "")
+    split = row.get("split") or ""
     if split not in ("", "calibration", "test"):
-        raise RowError(f"field 'split' must be calibration or test, got {split[:40]!r}")
+        got = repr(split[:40]) if isinstance(split, str) else f"a {type(split).__name__}"
+        raise RowError(f"field 'split' must be calibration or test, got {got}")
     return split
+
+
+def topic_field(row: Mapping[str, Any]) -> str:
+    """A text, a number as text, or "" where there is none. Raises RowError for anything else."""
+    topic = row.get("topic")
+    if topic is None or topic == "":
+        return ""
+    return str(topic) if isinstance(topic, int | float) else text_field(row, "topic")
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:

@@ -6,19 +6,26 @@ hub ids go through ``datasets``.
 
 import codecs
 import csv
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from pipeline.data.forms import Item, RowError, parse_row
 from pipeline.errors import UserError
+from pipeline.reading import parse_json
+from pipeline.terminal import shortened
 
 MAX_FIELD = 1_000_000
 """Longest field in characters: anything longer is not a question or an answer."""
+MAX_LINE = 4 * MAX_FIELD
+"""Longest line, in bytes for JSON Lines and in characters for CSV. No more than that is in memory at a time."""
+MAX_COLUMNS = 1024
+MAX_PERSONAS = 4096
+"""Per file. A row is filled up to all columns, and a persona is compared with all others."""
 
 
 @dataclass
@@ -47,8 +54,10 @@ def load_rows(source: str, *, strict: bool = False) -> Loaded:
                 raise RowError(f"the row repeats {seen[key]}")
             seen[key] = place
             loaded.items.setdefault(persona, []).append(item)
+            if len(loaded.items) > MAX_PERSONAS:
+                raise UserError(f"{place}: the file names more than {MAX_PERSONAS} personas")
         except RowError as error:
-            problem = f"{place}: {error}"
+            problem = shortened(f"{place}: {error}")
             if strict:
                 raise UserError(problem) from error
             loaded.problems.append(problem)
@@ -86,11 +95,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     try:
         with open(path, encoding="utf-8-sig", errors="strict", newline="") as file:
             names: list[str] | None = None
-            for line, fields in _csv_records(file):
+            for line, fields in _csv_records(path, file):
                 if names is None:
                     names = fields
-                    if twice := [n for n in names if n and names.count(n) > 1]:
-                        raise UserError(f"{path}:{line}: two columns are called {twice[0][:80]!r}")
+                    if len(names) > MAX_COLUMNS:
+                        raise UserError(f"{path}:{line}: {len(names)} columns, more than {MAX_COLUMNS}")
+                    if twice := _twice(names):
+                        raise UserError(f"{path}:{line}: two columns are called {twice[:80]!r}")
                 elif len(fields) > len(names):
                     yield f"{path}:{line}", RowError(f"the row has {len(fields) - len(names)} fields too many")
                 else:
@@ -101,9 +112,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
         csv.field_size_limit(limit)
 
 
-def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Every record that is not blank, with the line it begins on (a quoted field may span several)."""
-    reader = csv.reader(file)
+    reader = csv.reader(_csv_lines(path, file))
     line = 1
     for fields in reader:
         if fields:
@@ -111,24 +122,49 @@ def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
         line = reader.line_num + 1
 
 
+def _csv_lines(path: Path, file: TextIO) -> Iterator[str]:
+    for number in count(1):
+        line = file.readline(MAX_LINE + 1)
+        if len(line) > MAX_LINE:
+            raise UserError(f"{path}:{number}: the line has more than {MAX_LINE} characters")
+        if not line:
+            return
+        yield line
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in count(1):
+            line, size = _json_line(file)
             place = f"{path}:{number}"
-            if not line.strip():
+            if not size:
+                return
+            if size > MAX_LINE:
+                yield place, RowError(f"the line has {size} bytes, more than {MAX_LINE}")
+            elif not line.strip():
                 yield place, RowError("the line is empty")
-            elif len(line) > 4 * MAX_FIELD:
-                yield place, RowError(f"the line has {len(line)} bytes, more than {4 * MAX_FIELD}")
             else:
                 yield place, _json_row(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
 
 
+def _json_line(file: BinaryIO) -> tuple[bytes, int]:
+    """The next line and its size in bytes; of a line that is too long only the size."""
+    line = file.readline(MAX_LINE + 1)
+    size = len(line)
+    if size <= MAX_LINE:
+        return line, size
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
+        size += len(line)
+    return b"", size
+
+
 def _json_row(line: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        row = parse_json(line, object_pairs_hook=_object)
     except RowError as error:
         return error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return RowError(f"not a line of JSON in UTF-8: {type(error).__name__}: {error}")
     return row if isinstance(row, dict) else RowError(f"the line holds a {type(row).__name__}, not an object")
 
@@ -136,9 +172,14 @@ def _json_row(line: bytes) -> dict[str, Any] | RowError:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RowError(f"field {next(n for n in names if names.count(n) > 1)[:80]!r} is given twice")
+        raise RowError(f"field {_twice([name for name, _ in pairs])[:80]!r} is given twice")
     return row
+
+
+def _twice(names: list[str]) -> str:
+    """The first name that is there more than once, or ""."""
+    counts = Counter(names)
+    return next((name for name in names if name and counts[name] > 1), "")
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
@@ -162,12 +203,15 @@ def _check_split(loaded: Loaded, strict: bool) -> None:
     """Test items whose question is also a calibration question are left out."""
     for persona, items in loaded.items.items():
         calibration = {_asked(i): i.source for i in items if i.split != "test"}
-        crossing = [i for i in items if i.split == "test" and _asked(i) in calibration]
+        crossing: list[Item] = []
+        kept: list[Item] = []
+        for item in items:
+            (crossing if item.split == "test" and _asked(item) in calibration else kept).append(item)
         problems = [f"{i.source}: repeats the question of {calibration[_asked(i)]}" for i in crossing]
         if problems and strict:
             raise UserError(problems[0])
         loaded.problems += problems
-        loaded.items[persona] = [i for i in items if i not in crossing]
+        loaded.items[persona] = kept
 
 
 def _asked(item: Item) -> str:

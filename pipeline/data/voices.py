@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.data.catalogue import PersonaSet, check_name, shipped_path
-from pipeline.data.forms import Item, RowError, split_field, text_field
+from pipeline.data.forms import Item, RowError, split_field, text_field, topic_field
 from pipeline.data.loader import read_rows
 from pipeline.errors import UserError
+from pipeline.terminal import shortened
 
 COLUMNS = ("question", "topic", "split")
 """What is not a persona's column in a CSV file."""
@@ -103,7 +104,7 @@ def load_voices(source: str, *, strict: bool = False) -> VoiceSet:
     chosen = counts.most_common(1)[0][0] if counts else frozenset()
     names = next((tuple(item.answers) for item in items if item.answers.keys() == chosen), ())
     items = _usable(items, names, problems)
-    texts = [f"{place}: {what}" for place, what in sorted(problems, key=lambda p: _line(p[0]))]
+    texts = [shortened(f"{place}: {what}") for place, what in sorted(problems, key=lambda p: _line(p[0]))]
     if strict and texts:
         raise UserError(texts[0])
     if not items:
@@ -129,7 +130,7 @@ def parse_voices(row: Mapping[str, Any], source: str) -> VoiceItem:
             raise RowError(f"the answers of {speakers[answer]!r} and {name!r} are the same")
         speakers[answer] = name
     answers = {name: answer for answer, name in speakers.items()}
-    return VoiceItem(question, answers, str(row.get("topic") or ""), split_field(row), source)
+    return VoiceItem(question, answers, topic_field(row), split_field(row), source)
 
 
 def _usable(items: list[VoiceItem], names: tuple[str, ...], problems: list[tuple[str, str]]) -> list[VoiceItem]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pipeline import calibrate
 from pipeline.config import CRITERIA
 from pipeline.loading import load_model, load_tokenizer
+from pipeline.provenance import RUN
 from pipeline.store import STATISTICS, load_masks, load_statistics
 from tests.pipeline.tiny import TEMPLATE, make_model
 
@@ -29,7 +30,7 @@ def questions(path):
 
 def test_a_run_holds_these_files_and_no_others(finished):
     files = sorted(str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file())
-    assert files == ["manifest.json", "masks/down.safetensors", "masks/up.safetensors", STATISTICS]
+    assert files == ["manifest.json", "masks/down.safetensors", "masks/up.safetensors", RUN, STATISTICS]
 
 
 def test_manifest_against_files_and_data(finished, ground):

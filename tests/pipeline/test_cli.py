@@ -15,13 +15,14 @@ import pipeline.analyse
 import pipeline.calibrate
 import pipeline.chat
 import pipeline.evaluate
+import pipeline.inspect
 import pipeline.questionnaire
 import pipeline.report
 import pipeline.roleplay
 from pipeline import cli
 from pipeline.config import CalibrateConfig, ChatConfig, EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.options import AnalyseConfig, QuestionnaireConfig, ReportConfig, RoleplayConfig
+from pipeline.options import AnalyseConfig, InspectConfig, QuestionnaireConfig, ReportConfig, RoleplayConfig
 
 COMMANDS = {
     "calibrate": CalibrateConfig,
@@ -31,6 +32,7 @@ COMMANDS = {
     "questionnaire": QuestionnaireConfig,
     "report": ReportConfig,
     "analyse": AnalyseConfig,
+    "inspect": InspectConfig,
 }
 MODULES = {
     "calibrate": pipeline.calibrate,
@@ -40,6 +42,7 @@ MODULES = {
     "questionnaire": pipeline.questionnaire,
     "report": pipeline.report,
     "analyse": pipeline.analyse,
+    "inspect": pipeline.inspect,
 }
 ROOT = Path(__file__).resolve().parents[2]
 

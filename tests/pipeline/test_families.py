@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from kernels.ops.activation_stats import COUNTED, FIELDS, IGNORED, SINK
 from pipeline.collector import Collector
 from pipeline.errors import UserError
-from pipeline.sites import expert_parameters, find_linears, find_sites
+from pipeline.experts import other_expert_parameters
+from pipeline.sites import find_linears, find_sites
 from pipeline.stats import ActivationStats
 
 GROUPED = {
@@ -127,9 +128,12 @@ def test_statistics_are_those_of_a_loop(family):
     assert not any(m._forward_pre_hooks for m in modules.values())
 
 
-def test_experts_are_reported():
+def test_expert_weights_of_other_modules_are_reported():
+    """Llama 4 keeps its experts in 3-d parameters too, but its module reads what is sorted by expert already."""
     model = AutoModelForCausalLM.from_config(transformers.MixtralConfig(**GROUPED, num_local_experts=4))
-    assert any("experts" in name for name in expert_parameters(model))
+    assert not other_expert_parameters(model)
+    model.model.layers[0].mlp.foreign_experts = torch.nn.ParameterList([torch.zeros(4, 8, 8)])
+    assert other_expert_parameters(model) == ["model.layers.0.mlp.foreign_experts.0"]
 
 
 @pytest.fixture
@@ -162,6 +166,27 @@ def test_unused_and_repeated_layers(llama):
     assert unused == ["model.layers.0.spare"]
     llama.model.layers[1].mlp = llama.model.layers[0].mlp
     sites, _ = find_sites(llama, find_linears(llama), torch.device("cpu"))
+    collector = Collector(llama, ActivationStats.zeros(("a",), sites))
+    role, persona = torch.full((1, 4), COUNTED, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    seen = []
+    layer = llama.model.layers[0].mlp.down_proj
+    layer.register_forward_pre_hook(lambda _, x: seen.append(x[0][0].double()))
+    with torch.no_grad(), collector.collecting(), collector.batch(role, persona, ["s"]):
+        llama(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    assert len(seen) == 2
+    # A layer that is called twice has the mean over its calls: as if each were a pass of its own, at half the weight.
+    square = torch.stack([x.square().sum(0) for x in seen]).mean(0)
+    rms = torch.stack([x.square().mean(0).sqrt() for x in seen]).mean(0)
+    sums = collector.stats.sums["model.layers.0.mlp.down_proj"][0]
+    torch.testing.assert_close(sums[FIELDS.index("square")], square, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums[FIELDS.index("rms")], rms, rtol=1e-5, atol=0)
+    assert collector.stats.counts.tolist() == [[1, 4, 0]]
+
+
+def test_a_layer_that_is_called_more_often_than_it_was_is_an_error(llama):
+    sites, _ = find_sites(llama, find_linears(llama), torch.device("cpu"))
+    llama.model.layers[1].mlp = llama.model.layers[0].mlp
+    sites = [site for site in sites if not site.name.startswith("model.layers.1.mlp")]
     collector = Collector(llama, ActivationStats.zeros(("a",), sites))
     role, persona = torch.full((1, 4), COUNTED, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(UserError, match="called twice"), collector.collecting(), collector.batch(role, persona, ["s"]):

@@ -32,7 +32,9 @@ def test_the_vector_is_the_difference_over_answer_tokens(ground, family):
             means = []
             for sequence in side:
                 kept = []
-                handle = decoder_blocks(model)[layer].register_forward_hook(lambda m, i, o, kept=kept: kept.append(o))
+                handle = list(decoder_blocks(model).values())[layer].register_forward_hook(
+                    lambda m, i, o, kept=kept: kept.append(o)
+                )
                 with torch.inference_mode():
                     model(input_ids=torch.tensor([sequence.ids]))
                 handle.remove()
@@ -40,14 +42,14 @@ def test_the_vector_is_the_difference_over_answer_tokens(ground, family):
                 means.append(hidden[0, sequence.answer :].mean(0))
             sides.append(torch.stack(means).mean(0))
         torch.testing.assert_close(got[layer], sides[0] - sides[1], rtol=1e-4, atol=1e-5)
-    assert not [h for block in decoder_blocks(model) for h in block._forward_hooks]
+    assert not [h for block in decoder_blocks(model).values() for h in block._forward_hooks]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_steered_adds_at_every_position_and_leaves_no_trace(ground, family):
     model, ids = load_model(str(getattr(ground, family))), torch.tensor([[3, 4, 5, 6]])
     seen = []
-    decoder_blocks(model)[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    list(decoder_blocks(model).values())[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     vector = torch.arange(32.0)
     with torch.inference_mode():
         plain = model(input_ids=ids).logits

@@ -60,7 +60,10 @@ def replace_tensors(folder, change):
 
 
 FORGED = {
-    "other dtype": (lambda t: t.update({"c": t["c"].to(torch.int8)}), r"mask of c is \[5, 1\] torch.int8"),
+    "other dtype": (
+        lambda t: t.update({"c": t["c"].to(torch.int8)}),
+        r"mask of c is \[5, 1\] I8, expected \[5, 1\] U8",
+    ),
     "transposed": (lambda t: t.update({"a.b": torch.zeros(19, 1, dtype=torch.uint8)}), r"mask of a.b is \[19, 1\]"),
     "unpacked": (lambda t: t.update({"c": torch.ones(5, 8, dtype=torch.uint8)}), r"mask of c is \[5, 8\]"),
     "one layer less": (lambda t: t.pop("c") is None, "cannot hold|layers differ"),

@@ -119,7 +119,7 @@ def test_bad_lines_of_jsonl_are_reported_each(write):
     loaded = load_rows(path)
     assert problem_lines(loaded, path) == list(range(1, len(bad) + 1))
     for words, problem in zip(
-        ("JSON", "a list", "a str", "NoneType", "empty", "empty", "UTF-8", "Recursion", "bytes", "JSON"),
+        ("JSON", "a list", "a str", "NoneType", "empty", "empty", "UTF-8", "nested", "bytes", "JSON"),
         loaded.problems,
         strict=True,
     ):
