@@ -79,7 +79,7 @@ def test_streamed_is_the_whole_model(family, words, tmp_path, capsys):
     lines = [line for line in said[0].splitlines() if "distinct inputs" in line or "mixture" in line]
     assert lines
     assert all(line in said[1] for line in lines)
-    assert {path.name for path in streamed.iterdir()} == {"manifest.json", STATISTICS, "masks"}
+    assert {path.name for path in streamed.iterdir()} == {"manifest.json", "run.json", STATISTICS, "masks"}
 
 
 @pytest.mark.parametrize("criterion", [name for name in FORWARD if name != "contrastive-wanda"])
