@@ -7,7 +7,7 @@ PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 DEMO   ?= runs/demo
 # Test processes, one thread each. A file's tests stay together: their fixtures are expensive.
 JOBS   ?= 2
-TEST   := $(RUN) -m pytest -n $(JOBS) --dist loadfile
+TEST   := $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup model demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help

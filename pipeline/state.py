@@ -73,7 +73,9 @@ def check(staging: Path, config: CalibrateConfig, catalogue: Catalogue) -> dict[
 
 
 def check_files(staging: Path) -> None:
-    """Raise UserError if a model or data file is another than at the start."""
+    """Raise UserError if a model or data file is another than at the start; a folder without a state has no start."""
+    if not (staging / STATE).exists():
+        return
     then = _read(staging)["files"]
     if changed := changes(then, {name: _file(Path(name)) for name in then}):
         raise UserError(f"changed during the run: {'; '.join(changed)}; put it back and go on with --resume")

@@ -10,6 +10,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 import pytest
 import torch
 
+LONG = ("sanitizers", "streaming", "embedded", "whole_runs", "resume", "triton_interpreter", "efficiency", "processes")
+"""Files that take longest: dealt out first, so that the workers end together."""
+
+
+def pytest_collection_modifyitems(items):
+    first = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

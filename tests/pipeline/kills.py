@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from pipeline import calibrate
+from pipeline.provenance import RUN
 from pipeline.staging import STATE, staging_of
 from tests.pipeline.tiny import make_model, write_pairs
 
@@ -139,7 +140,9 @@ def gone(group):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """The bytes of every file of a run but the one that tells of its circumstances."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RUN)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 if __name__ == "__main__":

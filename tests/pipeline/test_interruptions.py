@@ -132,6 +132,7 @@ with signals.handled("so long"):
 """
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(5) == b"stuck"
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[1] == b"so long\n"
     assert process.returncode == 143

@@ -156,7 +156,7 @@ def test_the_pass_writes_them(ground, tmp_path):
     singles = single_answers(objectives)
     config = CalibrateConfig(model=str(ground.llama), output=tmp_path / "run", accelerator="cpu", devices="1")
     module = SketchModule(config, tmp_path, 0, {name: len(units) for name, units in singles.items()})
-    run_pass(config, module, ObjectiveData(singles, 16), gradients=True)
+    run_pass(config, module, ObjectiveData(singles, 16), inference=False)
     model = load_model(str(ground.llama), torch.float64).requires_grad_(False)
     linears = find_linears(model)
     rows = []
