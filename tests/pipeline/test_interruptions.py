@@ -165,7 +165,7 @@ def kills(devices, trials, seed, folder):
     assert f"{trials} of {trials} the same" in done.stdout
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_at_a_random_moment(tmp_path, devices):
     kills(devices, 1, 5, tmp_path)
 
