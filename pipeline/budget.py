@@ -1,5 +1,6 @@
-"""Choose how much each persona's mask removes by what it may cost neutral text."""
+"""Choose how much each persona's mask removes by what it may cost: neutral text, and the persona's own answers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -9,11 +10,12 @@ from typing import Any
 from pipeline.building import build_masks
 from pipeline.cli import note
 from pipeline.config import CalibrateConfig
-from pipeline.data.catalogue import neutral_set
+from pipeline.data.catalogue import Catalogue, neutral_set
+from pipeline.data.forms import Item
 from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
-from pipeline.likelihood import perplexity
+from pipeline.likelihood import answer_scores, perplexity
 from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 
@@ -43,20 +45,28 @@ def fit(
     gradients: Any,
     increase: Callable[[PersonaMasks], float],
 ) -> Fitted:
-    """One persona's masks within the budget; ``increase`` is ``neutral_cost``."""
+    """One persona's masks within the budget; ``increase`` is ``rise``.
+
+    Where nothing is, UserError is raised if the user named the budget; the default one takes the least and says so.
+    """
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona)
-    one = largest_within(lambda factor: build(factor=factor), increase, config.budget)
-    note(f"{persona}: {one.factor} of the sparsity, perplexity of neutral answers {one.increase:+.1%}")
+    named = config.max_perplexity_increase is not None
+    one = largest_within(lambda factor: build(factor=factor), increase, config.budget, strict=named)
+    note(f"{persona}: {one.factor} of the sparsity, perplexity {one.increase:+.1%}")
     return one
 
 
 def largest_within(
-    build: Callable[[Decimal], PersonaMasks], increase: Callable[[PersonaMasks], float], limit: float
+    build: Callable[[Decimal], PersonaMasks],
+    increase: Callable[[PersonaMasks], float],
+    limit: float,
+    *,
+    strict: bool = True,
 ) -> Fitted:
     """The largest factor found in (0, 1] whose masks raise perplexity by at most ``limit``.
 
-    Cost need not rise with every weight; what is returned has been measured to hold. Raises UserError if nothing
-    that was tried does.
+    Cost need not rise with every weight; what is returned has been measured to hold. If nothing that was tried does,
+    raises UserError, or without ``strict`` returns the smallest.
     """
     low, high, best, step = 0, STEPS + 1, None, STEPS
     for _ in range(PROBES):
@@ -74,35 +84,62 @@ def largest_within(
         # Cost grows about as the 3/2 power of what is removed, but can be negative first: a guess, then halvings.
         step = (low + high) // 2 if low else max(1, min(round(step * (0.93 * limit / seen) ** (2 / 3)), step - 1))
     if best is None:
-        persona = ", ".join(masks.personas)
-        raise UserError(
-            f"--max-perplexity-increase {limit}: {factor} of --sparsity still raises the perplexity of {persona!r} "
-            f"by {seen:.1%}; allow more, or lower --sparsity or --pool"
-        )
+        what = f"{factor} of --sparsity still raises the perplexity of {', '.join(masks.personas)!r} by {seen:.1%}"
+        if strict:
+            raise UserError(f"--max-perplexity-increase {limit}: {what}; allow more, or lower --sparsity or --pool")
+        note(f"{what}, more than the default {limit:.0%}; it is the least there is")
+        best = Fitted(masks, factor, seen)
     return best
 
 
-def neutral_cost(model: Any, tokenizer: Any, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:
-    """Measures the relative rise in perplexity under one persona's masks.
+def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:
+    """Measures the relative rise in perplexity under one persona's masks; the larger one of two.
 
-    On the answers of the shipped neutral pairs that no gradient has seen, not on the texts of the evaluation.
+    On the answers of the shipped neutral pairs that no gradient has seen, not on the texts of the evaluation; and on
+    the persona's own calibration answers, which a mask should make likelier and not only the opponent's less likely.
     """
+    prompter = Prompter(tokenizer)
+    sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id}
+
+    def encode(items: list[Item]) -> list[Encoded]:
+        texts = [prompter.encode(item.question, item.matching) for item in items]
+        return [
+            Encoded(t.ids[: config.max_length], t.answer, t.question) for t in texts if t.answer < config.max_length
+        ]
+
+    def mean(texts: list[Encoded], under: Any) -> float:
+        return sum(score.mean for score in answer_scores(under, texts, **sizes)) / len(texts)
+
     items = neutral_set().split("calibration")
     drawn = set(draw(items, min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS), config.seed))
-    prompter = Prompter(tokenizer)
-    unseen = draw([item for item in items if item not in drawn], PROBE_TEXTS, config.seed)
-    texts = [prompter.encode(item.question, item.matching) for item in unseen]
-    texts = [Encoded(t.ids[: config.max_length], t.answer, t.question) for t in texts if t.answer < config.max_length]
-    sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id}
-    base = perplexity(model, texts, **sizes)
+    neutral = encode(draw([item for item in items if item not in drawn], PROBE_TEXTS, config.seed))
+    base = perplexity(model, neutral, **sizes)
+    own: dict[str, tuple[list[Encoded], float]] = {}
 
     def increase(masks: PersonaMasks) -> float:
+        (persona,) = masks.personas
+        if persona not in own:
+            texts = encode(own_items(persona, catalogue, config))
+            own[persona] = texts, mean(texts, model)
+        texts, before = own[persona]
         masked = PersonaModel(model, masks)
         try:
-            (persona,) = masks.personas
             with masked.using(persona):
-                return perplexity(masked, texts, **sizes) / base - 1
+                worse = math.expm1(min(before - mean(texts, masked), 100.0))
+                return max(perplexity(masked, neutral, **sizes) / base - 1, worse)
         finally:
             masked.detach()
 
     return increase
+
+
+def own_items(persona: str, catalogue: Catalogue, config: CalibrateConfig) -> list[Item]:
+    """Up to ``PROBE_TEXTS`` calibration items from the persona's side; of a composed persona, from its parts'."""
+    parts = next((one.parts for one in catalogue.compositions if one.name == persona), ((persona, 1.0),))
+    poles = [name for name, weight in parts if weight > 0]
+    found: list[Item] = []
+    for pole in poles:
+        of = next(one for one in catalogue.sets if pole in one.poles)
+        calibrated = draw(of.split("calibration"), config.samples, config.seed)[: max(1, PROBE_TEXTS // len(poles))]
+        found += [item if pole == of.plus else item.swapped() for item in calibrated]
+    return found

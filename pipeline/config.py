@@ -93,8 +93,9 @@ class CalibrateConfig:
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
     first-order criteria work at 0.01 to 0.05 and remove at most so many; the paper's are meant for 0.2 to 0.6."""
     max_perplexity_increase: float | None = None
-    """Remove, for each persona, as large a part of --sparsity as raises the perplexity of neutral answers by at most
-    this share; 0 removes all of it whatever the cost. Default 0.15 (15 %) for first-order, 0 for the other criteria."""
+    """Remove, for each persona, as large a part of --sparsity as raises the perplexity of neutral answers, and of the
+    persona's own, by at most this share; 0 removes all of it whatever the cost. Default 0.05 (5 %) for first-order, 0
+    for the other criteria."""
     activation: str = "softplus"
     """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
     temperature: float = 2.0
@@ -211,7 +212,7 @@ class CalibrateConfig:
         """The relative rise in perplexity that a mask may cost; 0 is no limit."""
         if self.max_perplexity_increase is not None:
             return self.max_perplexity_increase
-        return 0.15 if self.criterion == WHITENED else 0.0
+        return 0.05 if self.criterion == WHITENED else 0.0
 
 
 @dataclass

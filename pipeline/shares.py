@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.budget import fit, neutral_cost
+from pipeline.budget import fit, rise
 from pipeline.building import build_masks, composed, shapes_of
 from pipeline.calibration import Stage, spread_threads
 from pipeline.config import FIRST_ORDER, CalibrateConfig
@@ -56,7 +56,7 @@ class BuildModule(Stage):
         pieces = sorted(self.layers, key=lambda piece: -sum(_size(shapes[layer]) for layer in self.layers[piece]))
         missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
-            self.increase = neutral_cost(model, load_tokenizer(self.config.model), self.config)
+            self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config)
         mine: list[str | None] = list(pieces[self.trainer.global_rank :: self.trainer.world_size])
         # All ranks take equally many steps.
         mine += [None] * (-(-len(pieces) // self.trainer.world_size) - len(mine))
