@@ -1,16 +1,27 @@
 """Sparsity by a perplexity budget."""
 
 import json
+import math
 from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from pipeline import calibrate
-from pipeline.budget import CLOSE, PROBES, STEPS, largest_within
+from kernels.ops.pack_bits import pack_bits
+from pipeline import budget, calibrate
+from pipeline.budget import CLOSE, PROBES, STEPS, largest_within, own_items, rise
 from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import load_catalogue, shipped_set
+from pipeline.data.prompts import Prompter
 from pipeline.errors import UserError
+from pipeline.likelihood import answer_scores
+from pipeline.loading import load_model, load_tokenizer
+from pipeline.masks import PersonaMasks
+from pipeline.model import PersonaModel
+from pipeline.sites import find_linears, matrix
 from pipeline.store import load_masks
+from tests.pipeline.tiny import make_model, write_pairs
 
 
 def search(cost, limit):
@@ -55,6 +66,57 @@ def test_the_result_has_been_measured_even_where_cost_is_not_monotone():
 def test_a_budget_that_nothing_fits():
     with pytest.raises(UserError, match=r"0\.\d+ of --sparsity"):
         search(lambda factor: 1.0, 0.05)
+
+
+def test_the_default_budget_takes_the_least_and_says_so(capsys):
+    tried = []
+
+    def build(factor):
+        tried.append(factor)
+        return SimpleNamespace(personas=("p",))
+
+    best = largest_within(build, lambda masks: 1.0, 0.05, strict=False)
+    assert best.factor == tried[-1] == min(tried) == Decimal(1) / STEPS
+    assert best.increase == 1.0
+    assert "'p' by 100.0%, more than the default 5%" in capsys.readouterr().err
+
+
+def test_what_a_mask_costs_its_own_answers(tmp_path, monkeypatch):
+    """Where neutral text loses nothing, the rise is that of the own answers' perplexity, or none."""
+    monkeypatch.setattr(budget, "perplexity", lambda *_, **__: 40.0)
+    config = CalibrateConfig(personas=f"up/down={write_pairs(tmp_path / 'pairs.csv', 20)}", samples=8)
+    catalogue, folder = load_catalogue(config.personas), str(make_model(tmp_path / "model", seed=1))
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    shapes = {name: tuple(matrix(one).shape) for name, one in find_linears(model).items()}
+    generator, worse = torch.Generator().manual_seed(0), []
+    for persona in ("up", "down"):
+        items = own_items(persona, catalogue, config)
+        assert len(items) == 8
+        texts = [Prompter(tokenizer).encode(item.question, item.matching) for item in items]
+
+        def mean(under, texts=texts):
+            return sum(s.mean for s in answer_scores(under, texts, batch_tokens=512, pad=0)) / len(texts)
+
+        before = mean(model)
+        for _ in range(4):
+            kept = {name: pack_bits(torch.rand(shape, generator=generator) > 0.3) for name, shape in shapes.items()}
+            masks = PersonaMasks(shapes, {persona: kept})
+            found = rise(model, tokenizer, catalogue, config)(masks)
+            masked = PersonaModel(model, masks)
+            with masked.using(persona):
+                worse.append(math.expm1(before - mean(masked)))
+            masked.detach()
+            assert found == pytest.approx(max(worse[-1], 0.0), abs=1e-5)
+    assert min(worse) < 0 < max(worse)
+
+
+def test_own_answers_of_a_type_are_those_of_its_poles():
+    catalogue = load_catalogue("INTJ")
+    items = own_items("INTJ", catalogue, CalibrateConfig())
+    assert len(items) == 48
+    assert len({item.question for item in items}) == 48
+    thinking = {item.other for item in shipped_set("feeling-thinking").items}
+    assert sum(item.matching in thinking for item in items) == 12
 
 
 def test_a_run_within_a_budget(words, tmp_path):
