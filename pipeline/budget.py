@@ -69,10 +69,11 @@ def largest_within(
     raises UserError, or without ``strict`` returns the smallest.
     """
     low, high, best, step = 0, STEPS + 1, None, STEPS
+    costs: dict[int, float] = {}
     for _ in range(PROBES):
         factor = Decimal(step) / STEPS
         masks = build(factor)
-        seen = increase(masks)
+        seen = costs[step] = increase(masks)
         if seen <= limit:
             low, best = step, Fitted(masks, factor, seen)
             if step == STEPS or seen >= CLOSE * limit:
@@ -81,8 +82,7 @@ def largest_within(
             high = step
         if high - low <= 1:
             break
-        # Cost grows about as the 3/2 power of what is removed, but can be negative first: a guess, then halvings.
-        step = (low + high) // 2 if low else max(1, min(round(step * (0.93 * limit / seen) ** (2 / 3)), step - 1))
+        step = _between(low, high, costs, limit)
     if best is None:
         what = f"{factor} of --sparsity still raises the perplexity of {', '.join(masks.personas)!r} by {seen:.1%}"
         if strict:
@@ -92,8 +92,20 @@ def largest_within(
     return best
 
 
+def _between(low: int, high: int, costs: dict[int, float], limit: float) -> int:
+    """The next step to try, strictly between two, where a power law through what was measured meets the budget."""
+    aim, above = 0.93 * limit, costs[high]
+    if not math.isfinite(above) or (low and costs[low] < limit / 10):
+        return (low + high) // 2
+    # Cost grows about as the 3/2 power of what is removed; two measurements know better.
+    power = math.log(above / costs[low]) / math.log(high / low) if low else 1.5
+    guess = high * (aim / above) ** (1 / power)
+    return min(max(round(guess), low + 1), high - 1)
+
+
 def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:
-    """Measures the relative rise in perplexity under one persona's masks; the larger one of two.
+    """Measures the relative rise in perplexity under one persona's masks; the larger one of two, or one that is
+    beyond the budget.
 
     On the answers of the shipped neutral pairs that no gradient has seen, not on the texts of the evaluation; and on
     the persona's own calibration answers, which a mask should make likelier and not only the opponent's less likely.
@@ -126,6 +138,8 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
         try:
             with masked.using(persona):
                 worse = math.expm1(min(before - mean(texts, masked), 100.0))
+                if worse > config.budget:
+                    return worse
                 return max(perplexity(masked, neutral, **sizes) / base - 1, worse)
         finally:
             masked.detach()

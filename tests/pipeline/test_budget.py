@@ -46,6 +46,24 @@ def test_a_large_part_within_the_budget_is_found(limit, power):
     assert len(tried) == len(set(tried)) <= PROBES
 
 
+@pytest.mark.parametrize("limit", [0.05, 0.3])
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda f: f**2 - 0.1 * f,
+        lambda f: math.inf if f > 0.3 else f / 2,
+        lambda f: 0.001 + 5 * f**4,
+        lambda f: math.expm1(6 * f**2),
+    ],
+)
+def test_costs_that_are_no_powers(cost, limit):
+    best, tried = search(lambda factor: cost(float(factor)), limit)
+    assert best.increase <= limit
+    assert len(tried) == len(set(tried)) <= PROBES
+    # Not far below what the budget allows: a twelfth of the sparsity, or of the budget half.
+    assert best.increase > limit / 2 or cost(float(best.factor) + 1 / 12) > limit
+
+
 def test_all_of_it_where_the_budget_allows():
     best, tried = search(float, 1.5)
     assert (best.factor, tried) == (Decimal(1), [Decimal(1)])
