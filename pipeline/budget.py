@@ -1,4 +1,4 @@
-"""Choose how much each persona's mask removes by what it may cost: neutral text, and the persona's own answers."""
+"""Choose how much each persona's mask removes by what it may cost: the model's own text, and the persona's answers."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pipeline.data.forms import Item
 from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
-from pipeline.likelihood import answer_scores, perplexity
+from pipeline.likelihood import answer_distributions, answer_scores, divergence
 from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 
@@ -97,8 +97,8 @@ def _between(low: int, high: int, costs: dict[int, float], limit: float) -> int:
     aim, above = 0.93 * limit, costs[high]
     if not math.isfinite(above) or (low and costs[low] < limit / 10):
         return (low + high) // 2
-    # Cost grows about as the 3/2 power of what is removed; two measurements know better.
-    power = math.log(above / costs[low]) / math.log(high / low) if low else 1.5
+    # Cost grows nearly as the square of what is removed; two measurements know better.
+    power = math.log(above / costs[low]) / math.log(high / low) if low else 1.8
     guess = high * (aim / above) ** (1 / power)
     return min(max(round(guess), low + 1), high - 1)
 
@@ -107,8 +107,10 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
     """Measures the relative rise in perplexity under one persona's masks; the larger one of two, or one that is
     beyond the budget.
 
-    On the answers of the shipped neutral pairs that no gradient has seen, not on the texts of the evaluation; and on
-    the persona's own calibration answers, which a mask should make likelier and not only the opponent's less likely.
+    On text as the unmasked model writes it: ``exp(D) - 1`` with the divergence ``D`` of the masked from the unmasked
+    model over the answers of the shipped neutral pairs that no gradient has seen. (Perplexity of given texts falls
+    under a mask that happens to like their style.) And on the persona's own calibration answers, which a mask should
+    make likelier and not only the opponent's less likely. Holds 4 bytes per answer token and word of the vocabulary.
     """
     prompter = Prompter(tokenizer)
     sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id}
@@ -125,7 +127,7 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
     items = neutral_set().split("calibration")
     drawn = set(draw(items, min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS), config.seed))
     neutral = encode(draw([item for item in items if item not in drawn], PROBE_TEXTS, config.seed))
-    base = perplexity(model, neutral, **sizes)
+    unmasked = answer_distributions(model, neutral, **sizes)
     own: dict[str, tuple[list[Encoded], float]] = {}
 
     def increase(masks: PersonaMasks) -> float:
@@ -140,7 +142,7 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
                 worse = math.expm1(min(before - mean(texts, masked), 100.0))
                 if worse > config.budget:
                     return worse
-                return max(perplexity(masked, neutral, **sizes) / base - 1, worse)
+                return max(math.expm1(min(divergence(unmasked, masked, neutral, **sizes), 100.0)), worse)
         finally:
             masked.detach()
 

@@ -71,6 +71,7 @@ def build_masks(
                 _slopes(gradients, persona, name, weight.device) if gradients else None,
                 config.pool,
                 config.evidence,
+                config.shift,
             )
             bits[persona][name] = criterion(layer)
     return PersonaMasks(shapes, bits)

@@ -41,7 +41,8 @@ class Layer:
 
     ``keep`` weights stay in each row. ``taken`` (bool ``[N, K]``) are ranked last: the weights that the
     opposite pole has kept already, under ``--disjoint``. A first-order criterion goes by ``slopes``; it chooses
-    from the share ``pool`` of each row, what gains at least ``evidence`` standard errors.
+    from the share ``pool`` of each row, what gains at least ``evidence`` standard errors. ``shift`` is target-shift's
+    alpha.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Layer:
     slopes: Slopes | None = None
     pool: float = 0.3
     evidence: float = 1.0
+    shift: float = 1.0
 
 
 def wanda(layer: Layer) -> Tensor:
@@ -89,6 +91,27 @@ def contrastive_sparse(layer: Layer) -> Tensor:
     own, other = scoring.sparse(layer.own.mean_square), scoring.sparse(_opponent(layer).mean_square)
     owned, rank = scoring.contrastive_sparse(layer.weight, own, other)
     return _by_scores(layer, owned, rank)
+
+
+def target_shift(layer: Layer) -> Tensor:
+    """A steering vector as a mask: every output's mean moves towards the persona's by what is no longer added to it.
+
+    The poles' outputs differ by ``d = W (mean_own - mean_other)`` in the mean. Of the weights whose mean contribution
+    to an output has the sign opposite to ``d``, the cheapest by ``|W| rms`` go, until the removed contributions add
+    up to ``shift |d|`` or ``keep`` weights are left. What masks further up shift is not counted.
+    """
+    own, other = layer.own, _opponent(layer)
+    weight = layer.weight.double()
+    target = weight @ (own.mean - other.mean)
+    contribution = weight * ((own.mean + other.mean) / 2)
+    eligible = contribution * target.unsqueeze(1) < 0
+    cost = scoring.disturbance(layer.weight, _rms(layer)).masked_fill(~eligible, torch.inf)
+    order = torch.sort(cost, dim=1, stable=True).indices
+    moved = contribution.abs().masked_fill_(~eligible, 0).gather(1, order)
+    before = moved.cumsum(1) - moved
+    chosen = (before < layer.shift * target.abs().unsqueeze(1)) & (moved > 0)
+    chosen[:, weight.shape[1] - layer.keep :] = False
+    return pack_bits(torch.ones_like(eligible).scatter_(1, order, ~chosen))
 
 
 def magnitude(layer: Layer) -> Tensor:
@@ -241,6 +264,7 @@ CRITERIA: dict[str, Callable[[Layer], Tensor]] = {
     "sparse": sparse,
     "contrastive-wanda": contrastive_wanda,
     "contrastive-sparse": contrastive_sparse,
+    "target-shift": target_shift,
     "magnitude": magnitude,
     "random": random_mask,
     # The caller hands it the neutral set's statistics as the persona's own.

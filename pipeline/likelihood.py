@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,46 @@ def answer_scores(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int
 
     Sequences that differ in their last token only (Yes/No, the letters of options) share one forward pass.
     """
+    scores: list[AnswerScore] = [AnswerScore(0.0, 0)] * len(sequences)
+    for index, logits in _answer_logits(model, sequences, batch_tokens, pad):
+        sequence = sequences[index]
+        targets = torch.tensor(sequence.ids[max(sequence.answer, 1) :], dtype=torch.int64, device=logits.device)
+        chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, targets.unsqueeze(1))
+        scores[index] = AnswerScore(float(chosen.double().sum()), len(targets))
+    return scores
+
+
+@torch.inference_mode()
+def answer_distributions(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int, pad: int) -> list[Tensor]:
+    """Log-probabilities of every token of the vocabulary at every token of the answers: float32 ``[T, V]`` each, on
+    the CPU."""
+    found = [torch.empty(0)] * len(sequences)
+    for index, logits in _answer_logits(model, sequences, batch_tokens, pad):
+        found[index] = torch.log_softmax(logits.float(), dim=-1).cpu()
+    return found
+
+
+@torch.inference_mode()
+def divergence(
+    before: Sequence[Tensor], model: Any, sequences: Sequence[Encoded], *, batch_tokens: int, pad: int
+) -> float:
+    """Kullback-Leibler divergence of ``model`` from ``before`` (of ``answer_distributions``), nats per answer token."""
+    total = torch.zeros((), dtype=torch.float64)
+    for index, logits in _answer_logits(model, sequences, batch_tokens, pad):
+        was, now = before[index].to(logits.device), torch.log_softmax(logits.float(), dim=-1)
+        total += torch.nn.functional.kl_div(now, was, reduction="sum", log_target=True).double().cpu()
+    return float(total) / max(sum(len(one) for one in before), 1)
+
+
+def _answer_logits(
+    model: Any, sequences: Sequence[Encoded], batch_tokens: int, pad: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Every sequence's number and the logits ``[T, V]`` that predict its answer's tokens, batch by batch."""
     # A position's logits depend on the tokens before the last one only, so the last token is not fed.
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, sequence in enumerate(sequences):
         groups.setdefault(sequence.ids[:-1], []).append(index)
     prefixes = list(groups)
-    scores: list[AnswerScore] = [AnswerScore(0.0, 0)] * len(sequences)
     device = model.get_input_embeddings().weight.device
     for chosen in batches_by_tokens([len(p) for p in prefixes], batch_tokens):
         batch = [prefixes[i] for i in chosen]
@@ -50,17 +84,8 @@ def answer_scores(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int
         logits = _logits_from(model, ids.to(device), attention.to(device), min(first, width - 1))
         for row, prefix in enumerate(batch):
             for index in groups[prefix]:
-                scores[index] = _score(logits[row], sequences[index], first)
-    return scores
-
-
-def _score(logits: Tensor, sequence: Encoded, first: int) -> AnswerScore:
-    """``logits`` ``[T', V]`` begin at position ``first``."""
-    start = max(sequence.answer, 1)
-    targets = torch.tensor(sequence.ids[start:], dtype=torch.int64, device=logits.device)
-    own = logits[start - 1 - first : len(sequence) - 1 - first].float()
-    chosen = torch.log_softmax(own, dim=-1).gather(1, targets.unsqueeze(1))
-    return AnswerScore(float(chosen.double().sum()), len(targets))
+                start = max(sequences[index].answer, 1)
+                yield index, logits[row, start - 1 - first : len(sequences[index]) - 1 - first]
 
 
 def perplexity(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int, pad: int) -> float:

@@ -17,7 +17,16 @@ from pipeline.reading import read_json
 from pipeline.staging import STATE, staging_of
 from pipeline.store import MANIFEST, load_manifest, write_json
 
-BUILDING = ("criterion", "sparsity", "max_perplexity_increase", "activation", "temperature", "pool", "evidence")
+BUILDING = (
+    "criterion",
+    "sparsity",
+    "max_perplexity_increase",
+    "activation",
+    "temperature",
+    "pool",
+    "evidence",
+    "shift",
+)
 """Options that only scoring and selection read: they may change, what is measured stays as it is."""
 BLOCKS, BLOCK = 64, 1 << 16
 """A file is recognised by so many blocks of so many bytes, evenly spread: a whole 70B model would take minutes."""

@@ -100,8 +100,8 @@ def test_the_default_budget_takes_the_least_and_says_so(capsys):
 
 
 def test_what_a_mask_costs_its_own_answers(tmp_path, monkeypatch):
-    """Where neutral text loses nothing, the rise is that of the own answers' perplexity, or none."""
-    monkeypatch.setattr(budget, "perplexity", lambda *_, **__: 40.0)
+    """Where neutral text does not change, the rise is that of the own answers' perplexity, or none."""
+    monkeypatch.setattr(budget, "divergence", lambda *_, **__: 0.0)
     config = CalibrateConfig(personas=f"up/down={write_pairs(tmp_path / 'pairs.csv', 20)}", samples=8)
     catalogue, folder = load_catalogue(config.personas), str(make_model(tmp_path / "model", seed=1))
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -126,6 +126,26 @@ def test_what_a_mask_costs_its_own_answers(tmp_path, monkeypatch):
             masked.detach()
             assert found == pytest.approx(max(worse[-1], 0.0), abs=1e-5)
     assert min(worse) < 0 < max(worse)
+
+
+def test_what_a_mask_costs_the_models_own_text(tmp_path, monkeypatch):
+    """``exp(D) - 1`` with the divergence over neutral answers, where the own answers lose less."""
+    pairs = write_pairs(tmp_path / "pairs.csv", 20)
+    config = CalibrateConfig(personas=f"up/down={pairs}", samples=8, max_perplexity_increase=0.5)
+    catalogue, folder = load_catalogue(config.personas), str(make_model(tmp_path / "model", seed=1))
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    shapes = {name: tuple(matrix(one).shape) for name, one in find_linears(model).items()}
+    full = {name: pack_bits(torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items()}
+    half = {
+        name: pack_bits(torch.arange(shape[0] * shape[1]).reshape(shape) % 2 == 0) for name, shape in shapes.items()
+    }
+    increase = rise(model, tokenizer, catalogue, config)
+    assert increase(PersonaMasks(shapes, {"up": full})) == pytest.approx(0, abs=1e-6)
+    monkeypatch.setattr(budget, "divergence", lambda *_, **__: 0.0)
+    alone = increase(PersonaMasks(shapes, {"up": half}))
+    monkeypatch.setattr(budget, "divergence", lambda *_, **__: 0.25)
+    assert alone < math.expm1(0.25)
+    assert increase(PersonaMasks(shapes, {"up": half})) == pytest.approx(math.expm1(0.25))
 
 
 def test_own_answers_of_a_type_are_those_of_its_poles():

@@ -1,5 +1,6 @@
 """Log-probabilities and intervals: what every evaluation number is made of."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.data.prompts import Encoded
 from pipeline.gradients import accumulating, backward
 from pipeline.intervals import auc, bootstrap_interval
-from pipeline.likelihood import answer_scores, perplexity
+from pipeline.likelihood import answer_distributions, answer_scores, divergence, perplexity
 from pipeline.objectives import margin_units
 from pipeline.sites import find_linears
 
@@ -50,6 +51,30 @@ def test_perplexity(model):
     texts = [sequence(8, 0), sequence(5, 0)]
     nats = -sum(alone(model, s) for s in texts) / (7 + 4)
     assert perplexity(model, texts, batch_tokens=64, pad=0) == pytest.approx(math.exp(nats), rel=1e-5)
+
+
+def test_divergence_from_the_model_before(model):
+    """Against the definition in float64, sequence by sequence; zero from itself."""
+    sequences = [sequence(n, a) for n, a in ((9, 4), (5, 4), (7, 0))]
+    before = answer_distributions(model, sequences, batch_tokens=9, pad=0)
+    assert [tuple(one.shape) for one in before] == [(5, 96), (1, 96), (6, 96)]
+    assert divergence(before, model, sequences, batch_tokens=30, pad=0) == pytest.approx(0, abs=1e-6)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-5)
+    nats = 0.0
+    for s in sequences:
+        start = max(s.answer, 1)
+        with torch.no_grad():
+            was, now = (
+                torch.log_softmax(m(input_ids=torch.tensor([s.ids])).logits[0, start - 1 : -1].double(), -1)
+                for m in (model, other)
+            )
+        nats += float((was.exp() * (was - now)).sum())
+    assert nats > 1e-3
+    for limit in (9, 30):
+        assert divergence(before, other, sequences, batch_tokens=limit, pad=0) == pytest.approx(nats / 12, rel=1e-3)
 
 
 def test_margin_gradient_and_its_error_are_those_of_autograd(model):

@@ -113,6 +113,35 @@ def test_plain_first_order(name):
     assert (w * g)[removed].max() < 0
 
 
+@pytest.mark.parametrize(("shift", "keep"), [(0.0, 0), (0.3, 0), (1.0, 0), (1.0, K - 5), (50.0, 0)])
+def test_target_shift(shift, keep):
+    """A loop over weights, cheapest first; the outputs' means come out where they were meant to."""
+    signed = [replace(stats(), mean=torch.randn(K, dtype=torch.float64)) for _ in range(2)]
+    case = layer(keep=keep, shift=shift, own=signed[0], other=signed[1])
+    own, other, w = case.own, case.other, case.weight.double()
+    square = (own.mean_square * own.tokens + other.mean_square * other.tokens) / (own.tokens + other.tokens)
+    removed = ~mask("target-shift", case)
+    for i in range(N):
+        wanted = float(w[i] @ (own.mean - other.mean))
+        parts = (w[i] * (own.mean + other.mean) / 2).tolist()
+        expected, sum_ = set(), 0.0
+        for j in sorted(range(K), key=lambda j: float(w[i, j].abs() * square[j].sqrt())):
+            if abs(sum_) < shift * abs(wanted) and parts[j] * wanted < 0 and len(expected) < K - keep:
+                expected.add(j)
+                sum_ += parts[j]
+        assert set(removed[i].nonzero().flatten().tolist()) == expected
+        assert sum_ * wanted <= 0
+        if shift == 50:
+            assert expected == {j for j in range(K) if parts[j] * wanted < 0}
+        elif not keep:
+            assert abs(sum_) >= shift * abs(wanted) or expected == {j for j in range(K) if parts[j] * wanted < 0}
+
+
+def test_target_shift_of_equal_poles_removes_nothing():
+    own = stats()
+    assert mask("target-shift", layer(keep=0, own=own, other=own)).all()
+
+
 @pytest.mark.parametrize("spread", [True, False])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_first_order_leaves_neutral_text_as_it_is(spread, side):
@@ -155,7 +184,7 @@ def test_first_order_removes_only_what_helps():
         mask("first-order", layer(slopes=None))
 
 
-@pytest.mark.parametrize("name", [n for n in CRITERIA if not n.startswith("first-order")])
+@pytest.mark.parametrize("name", [n for n in CRITERIA if not n.startswith(("first-order", "target"))])
 @pytest.mark.parametrize("zero", ["own", "other", "both", "weight"])
 def test_degenerate_statistics_still_give_exact_rows(name, zero):
     case = layer(
