@@ -177,7 +177,7 @@ def test_the_budget_excludes_disjoint_masks():
 
 
 def test_first_order_has_a_budget_by_default():
-    assert CalibrateConfig().budget == 0.05
+    assert CalibrateConfig().budget == 0.15
     assert CalibrateConfig(max_perplexity_increase=0).budget == 0
     assert CalibrateConfig(criterion="wanda").budget == 0
     assert CalibrateConfig(criterion="wanda", disjoint=True, sparsity="0.5").budget == 0
