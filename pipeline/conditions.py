@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from pipeline.baselines.finetuning import fine_tune
 from pipeline.baselines.retrieval import Examples
 from pipeline.baselines.steering import contrast, decoder_blocks, parse_layers
 from pipeline.baselines.strength import matched
@@ -11,12 +12,13 @@ from pipeline.controls import add_random
 from pipeline.data.catalogue import PersonaSet, persona_prompt
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
+from pipeline.loading import load_model
 from pipeline.setting import Ground, Setting, poles
 
 
 def check(ground: Ground, pairs: Sequence[PersonaSet]) -> None:
     """Raise UserError now for what a condition asked for would raise it for after much work."""
-    if {"rag", "steering"} & set(ground.config.wanted):
+    if {"rag", "steering", "lora"} & set(ground.config.wanted):
         for pair in pairs:
             calibration_items(ground.model.masks.manifest, pair.plus)
     if "steering" in ground.config.wanted:
@@ -53,6 +55,33 @@ def _steering(ground: Ground, pair: PersonaSet) -> list[Setting]:
         Setting("steering vector", pole, steering=matched(ground, pole, side, towards))
         for (pole, _), side, towards in zip(poles(pair), sides, (vectors, turned), strict=True)
     ]
+
+
+def _fine_tuned(ground: Ground, pair: PersonaSet) -> list[Setting]:
+    """Each pole's adapter, trained on a copy of the model; experts of one parameter have none."""
+    config, model, limits = ground.config, ground.model, ground.limits
+    modules = dict(model.model.named_modules())
+    layers = [name for name in model.masks.shapes if name in modules]
+    made = []
+    for pole, _ in poles(pair):
+        items = calibration_items(model.masks.manifest, pole)
+        answers = limits.cut([ground.prompter.encode(item.question, item.matching) for item in items])
+        copy = load_model(config.model or model.masks.manifest["model"]["id"], model.model.dtype, model.model.device)
+        note(f"fine-tuning on the {len(answers)} calibration answers of {pole}")
+        adapter = fine_tune(
+            copy,
+            answers,
+            layers,
+            rank=config.lora_rank,
+            epochs=config.lora_epochs,
+            rate=config.lora_rate,
+            seed=config.seed,
+            batch_tokens=max(limits.batch_tokens // 4, 1),
+            pad=limits.pad,
+        )
+        note(f"{pole}: {', '.join(f'{loss:.2f}' for loss in adapter.losses)} nats per token, epoch by epoch")
+        made.append(Setting("fine-tuned", pole, adapter=adapter))
+    return made
 
 
 def _mask(ground: Ground, pair: PersonaSet) -> list[Setting]:
@@ -106,6 +135,7 @@ _MAKERS: dict[str, Callable[[Ground, PersonaSet], list[Setting]]] = {
     "prompt": _prompt,
     "rag": _in_context,
     "steering": _steering,
+    "lora": _fine_tuned,
     "mask": _mask,
     "prompt+mask": _prompt_and_mask,
     "neutral": _neutral,

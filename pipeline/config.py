@@ -27,7 +27,7 @@ WHITENED = "first-order"
 """The criterion whose answers count as their gradients say (``pipeline.whitening``)."""
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", "target-shift", *FIRST_ORDER)
 ACTIVATIONS = ("softplus", "relu")
-CONDITIONS = ("prompt", "rag", "steering", "mask", "prompt+mask", "neutral", "random", "others")
+CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "random", "others")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
@@ -253,8 +253,9 @@ class EvaluateConfig:
     conditions: str = "prompt,mask,random"
     """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest
     calibration items as earlier turns of the chat), steering (a steering vector from the calibration items, as strong
-    as the mask), mask (own and opponent's), prompt+mask (both at once), neutral (a mask made the same way from neutral
-    text), random (random masks), others (the masks of the run's other personas)."""
+    as the mask), lora (fine-tuned on the calibration answers, needs peft), mask (own and opponent's), prompt+mask (both
+    at once), neutral (a mask made the same way from neutral text), random (random masks), others (the masks of the
+    run's other personas)."""
     shots: int = 3
     """rag: how many calibration items stand before a question."""
     steering_layers: str = ""
@@ -263,6 +264,12 @@ class EvaluateConfig:
     steering_strength: str = "cost"
     """steering: a number, or what makes the vector as strong as the mask: "cost" (the perplexity of neutral answers)
     or "shift" (of the margin on calibration items, which a mask fits far better)."""
+    lora_rank: int = 16
+    """lora: rank of the adapters, which every masked layer gets."""
+    lora_epochs: int = 3
+    """lora: how often every calibration answer is learnt."""
+    lora_rate: float = 5e-4
+    """lora: learning rate."""
     draws: int = 2
     """Random masks for each pole; one alone says little. They come from the pool that the criterion chose from."""
     options: bool = True
@@ -297,7 +304,8 @@ class EvaluateConfig:
             _at_least("steering_strength", _number(self.steering_strength), 0)
         for name in ("samples", "questions", "generate", "texts", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("batch_tokens", "bootstrap", "draws", "shots"):
+        _at_least("lora_rate", self.lora_rate, 0)
+        for name in ("batch_tokens", "bootstrap", "draws", "shots", "lora_rank", "lora_epochs"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
 

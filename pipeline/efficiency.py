@@ -1,4 +1,4 @@
-"""What a persona costs to serve, as a mask, a prompt, examples in the context or a vector."""
+"""What a persona costs to serve, as a mask, a prompt, examples in the context, a vector or an adapter."""
 
 import time
 from collections.abc import Sequence
@@ -100,12 +100,14 @@ def _held(ground: Ground, setting: Setting) -> tuple[int, int]:
     if setting.steering:
         vectors = sum(v.numel() * v.element_size() for v in setting.steering.vectors.values())
         memory, disk = memory + vectors, disk + vectors
+    if setting.adapter:
+        memory, disk = memory + setting.adapter.bytes, disk + setting.adapter.bytes
     return memory, disk
 
 
 def _copy_bytes(ground: Ground, setting: Setting) -> int:
-    """Bytes of the dense copy of the masked weights, which all personas share."""
-    if not (setting.mask and ground.model.materialize):
+    """Bytes of the dense copy of the masked (or merged) weights, which all personas share."""
+    if not (setting.adapter or (setting.mask and ground.model.materialize)):
         return 0
     weights = [ground.model.weight(name) for name in ground.model.masks.shapes]
     return sum(weight.numel() * weight.element_size() for weight in weights)

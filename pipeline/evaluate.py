@@ -15,7 +15,7 @@ DESCRIPTION = (
     "Evaluate the masks of a run on held-out items: for every pair of opposing personas the two-way accuracy of both "
     "poles, the shift of the margin between the two answers with a 95 % bootstrap interval, and perplexity on neutral "
     "text, for the unmasked model, a persona prompt, the own, the opponent's and random masks, and, with --conditions, "
-    "for examples in the context, a steering vector, a neutral mask and other personas' masks."
+    "for examples in the context, a steering vector, fine-tuning, a neutral mask and other personas' masks."
 )
 
 

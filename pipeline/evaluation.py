@@ -16,6 +16,7 @@ CONDITIONS = (
     "prompt",
     "in context",
     "steering vector",
+    "fine-tuned",
     "own mask",
     "prompt and mask",
     "opponent mask",

@@ -96,8 +96,8 @@ def costs(ground: Ground) -> Callable[[Setting], float]:
             return perplexity(ground.model, texts, batch_tokens=limits.batch_tokens, pad=limits.pad)
 
     def cost(setting: Setting) -> float:
-        # A vector belongs to one setting; a mask may be on in several.
-        if setting.steering:
+        # A vector or an adapter belongs to one setting; a mask may be on in several.
+        if setting.steering or setting.adapter:
             return measured(setting)
         if setting.mask not in seen:
             seen[setting.mask] = measured(setting)

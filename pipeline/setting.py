@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pipeline.baselines.finetuning import Adapter, adapted
 from pipeline.baselines.steering import Steering, Strength, steered
 from pipeline.config import EvaluateConfig
 from pipeline.data.catalogue import PersonaSet
@@ -15,7 +16,7 @@ from pipeline.protocol import Earlier, Limits
 
 @dataclass(frozen=True)
 class Setting:
-    """A state of the model (mask, vector) and what stands before a question; without all of them the base model.
+    """A state of the model (mask, vector, adapter) and what stands before a question; without any, the base model.
 
     ``persona`` is the pole that it speaks for, "" for both. ``opposite`` names the condition that such a setting is
     held against.
@@ -27,6 +28,7 @@ class Setting:
     system: str | None = None
     earlier: Earlier | None = None
     steering: Steering | None = None
+    adapter: Adapter | None = None
     opposite: str = ""
 
 
@@ -68,6 +70,7 @@ def applied(ground: Ground, setting: Setting) -> Iterator[None]:
     """The model as the setting says, for the time of a block; words are up to who asks."""
     added = setting.steering or NOTHING_ADDED
     with (
+        adapted(ground.model, setting.adapter),
         ground.model.using(setting.mask, ground.config.gamma if setting.mask else 0.0),
         steered(ground.model.model, added.vectors, added.strength.value),
     ):

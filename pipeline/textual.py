@@ -14,7 +14,7 @@ LENGTH = 48
 """Longest answer in tokens."""
 GRAM = 3
 """Length of the runs of tokens whose repetition is counted."""
-SPEAKING = ("prompt", "in context", "steering vector", "own mask", "prompt and mask")
+SPEAKING = ("prompt", "in context", "steering vector", "fine-tuned", "own mask", "prompt and mask")
 """Conditions whose text is looked at beside the unmasked model's, where they were asked for."""
 
 
