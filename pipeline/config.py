@@ -283,6 +283,11 @@ class EvaluateConfig:
     efficiency: bool = False
     """Also measure what the first pair's conditions cost to serve: prompt tokens, time to the first token, tokens per
     second, memory and bytes on disk per persona."""
+    tasks: str = ""
+    """Tasks of lm-eval, comma-separated, that show what the model can still do under every mask, vector and adapter:
+    "general" (100 questions of ours, offline), or any that lm-eval knows; needs the extra lm-eval."""
+    task_items: int = 0
+    """Only the first so many questions of each task; 0 takes all."""
     json: Path | None = None
     """Write the records here (schema in docs/evaluation.md)."""
     plot: Path | None = None
@@ -302,7 +307,7 @@ class EvaluateConfig:
             _one_of("conditions", condition, CONDITIONS)
         if self.steering_strength not in ("shift", "cost"):
             _at_least("steering_strength", _number(self.steering_strength), 0)
-        for name in ("samples", "questions", "generate", "texts", "seed"):
+        for name in ("samples", "questions", "generate", "texts", "task_items", "seed"):
             _at_least(name, getattr(self, name), 0)
         _at_least("lora_rate", self.lora_rate, 0)
         for name in ("batch_tokens", "bootstrap", "draws", "shots", "lora_rank", "lora_epochs"):

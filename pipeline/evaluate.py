@@ -32,7 +32,7 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     from pipeline.protocol import Limits
     from pipeline.setting import Ground
     from pipeline.store import load_manifest
-    from pipeline.tables import print_efficiency, print_generation, print_table
+    from pipeline.tables import print_abilities, print_efficiency, print_generation, print_table
 
     manifest = load_manifest(config.run)
     pairs = _chosen(held_out(manifest, config.data, config.strict, note), config)
@@ -45,6 +45,7 @@ def evaluate(config: EvaluateConfig) -> list[Any]:
     print_table(records, results.contrasts, criterion)
     print_generation(results.generation, config.questions)
     print_efficiency(results.efficiency)
+    print_abilities(results.abilities)
     assert config.plot is not None
     try:
         plot(records, config.plot, f"{manifest['model']['id']}, {criterion}, sparsity {manifest['sparsity']['option']}")
@@ -91,6 +92,7 @@ def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Any) -> No
         "steering": [_finite(entry) for entry in results.steering],
         "generation": results.generation,
         "efficiency": results.efficiency,
+        "abilities": [_finite(entry) for entry in results.abilities],
         "versions": versions(),
     }
     assert config.json is not None

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from pipeline.abilities import abilities_of, measured_settings, wanted_tasks
 from pipeline.baselines.steering import Steering
 from pipeline.conditions import check, settings
 from pipeline.data.catalogue import PersonaSet, neutral_texts
@@ -32,17 +33,21 @@ class Results:
     steering: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     generation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     efficiency: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    abilities: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     settings: dict[str, list[Setting]] = dataclasses.field(default_factory=dict)
 
 
 def measure_all(ground: Ground, pairs: Sequence[PersonaSet]) -> Results:
     """Every pair under every condition asked for, the text they write, and if asked what they cost to serve."""
     check(ground, pairs)
+    tasks = wanted_tasks(ground.config.tasks)
     results = _scores(ground, pairs)
     _generate(ground, pairs, results)
     results.answers = _answers(results.generation, ground.config.questions)
     if ground.config.efficiency:
         _efficiency(ground, pairs[0], results)
+    if tasks:
+        _abilities(ground, pairs, tasks, results)
     return results
 
 
@@ -141,6 +146,16 @@ def _efficiency(ground: Ground, pair: PersonaSet, results: Results) -> None:
     for setting in (UNMASKED, *known):
         entry = efficiency_of(ground, setting, questions)
         results.efficiency.append({"pair": f"{pair.plus}/{pair.minus}", **dataclasses.asdict(entry)})
+
+
+def _abilities(ground: Ground, pairs: Sequence[PersonaSet], tasks: Sequence[str], results: Results) -> None:
+    """Every pair's settings on lm-eval's tasks; the unmasked model once."""
+    done = False
+    for pair in pairs:
+        for setting in measured_settings(results.settings[pair.plus])[done:]:
+            whose = {"pair": f"{pair.plus}/{pair.minus}", "condition": setting.condition, "persona": setting.persona}
+            results.abilities += [{**whose, **entry} for entry in abilities_of(ground, setting, tasks)]
+        done = True
 
 
 def _answers(generation: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

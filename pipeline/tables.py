@@ -104,6 +104,23 @@ def print_efficiency(efficiency: Sequence[dict[str, Any]]) -> None:
     Console(width=max(Console().width, 130)).print(table)
 
 
+def print_abilities(abilities: Sequence[dict[str, Any]]) -> None:
+    """A table on stdout: lm-eval's tasks under every setting, with twice the standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not abilities:
+        return
+    table = Table(title="tasks of lm-eval", title_justify="left")
+    for name in ("task", "metric", "condition", "value", "n"):
+        table.add_column(name, justify="right" if name in ("value", "n") else "left", no_wrap=True)
+    for e in sorted(abilities, key=lambda e: (e["task"], e["metric"])):
+        spread = "" if e["stderr"] is None else f" ± {2 * e['stderr']:.3f}"
+        state = f"{e['persona']} ({e['condition']})" if e["persona"] else e["condition"]
+        table.add_row(e["task"], e["metric"], printable(state), f"{e['value']:.3f}{spread}", str(e["n"] or ""))
+    Console(width=max(Console().width, 130)).print(table)
+
+
 def _bytes(number: float) -> str:
     for unit in ("B", "kB", "MB"):
         if number < 1000:
