@@ -113,6 +113,8 @@ def read_evaluation(path: Path) -> Evaluation:
     if not isinstance(content.get("options", {}), dict):
         raise UserError(f"{path}: field 'options' is no object")
     numbers = ("prompt_tokens", "first_token_seconds", "tokens_per_second", *BYTES)
+    words: dict[str, Any] = {"condition": str, "task": str, "metric": str, "value": int | float}
+    _check_entries(content, "abilities", path, words)
     _check_entries(content, "efficiency", path, {"condition": str} | dict.fromkeys(numbers, int | float))
     _check_entries(content, "answers", path, {"question": str, "answer": str})
     _check_entries(content, "generation", path, {"pair": str, "condition": str, "answers": list})

@@ -39,6 +39,7 @@ def report(config: ReportConfig) -> Path:
             ("questionnaire", "Questionnaire", _questionnaire(found, figures)),
             ("layers", "Where the masks remove", _layers(found, figures) if config.layers else sections.join([])),
             ("efficiency", "Cost of serving", sections.efficiency(found.evaluations)),
+            ("abilities", "General ability", sections.abilities(found.evaluations)),
             ("provenance", "Provenance", sections.provenance(found, {str(f): _sha256(f) for f in found.files})),
         ]
         title = config.title or f"Persona masks of {found.manifest['model']['id']}"

@@ -175,6 +175,21 @@ def efficiency(evaluations: Sequence[Evaluation]) -> Html:
     return table(header, rows, caption="one sequence at a time, greedy") if rows else Html("")
 
 
+def abilities(evaluations: Sequence[Evaluation]) -> Html:
+    """Tasks of lm-eval under every state of the model, where they were run."""
+    rows = []
+    for one in evaluations:
+        for e in one.content.get("abilities") or []:
+            spread, number = e.get("stderr"), e.get("n")
+            error = f" ± {2 * spread:.3f}" if isinstance(spread, int | float) else ""
+            state = f"{e['persona']} ({e['condition']})" if e.get("persona") else e["condition"]
+            rows.append(
+                [e["task"], e["metric"], state, f"{e['value']:.3f}{error}", "" if number is None else f"{number}"]
+            )
+    header = ("task", "metric", "state", "value", "questions")
+    return table(header, rows, caption="lm-eval; plus or minus two standard errors") if rows else Html("")
+
+
 def provenance(found: Gathered, hashes: Mapping[str, str]) -> Html:
     """Where everything came from: data, masks and files with their hashes."""
     personas = found.manifest["personas"]

@@ -285,6 +285,17 @@ def test_also_takes_files_and_folders(evaluated, tmp_path):
     assert str(other / "evaluation.json") in read.text
 
 
+def test_tasks_are_shown_where_there_are_any(evaluated, tmp_path):
+    entry = {"pair": "up/down", "condition": "own mask", "persona": "up", "task": "general", "metric": "acc"}
+    entries = [entry | {"value": 0.75, "stderr": 0.05, "n": 40}, entry | {"value": 0.5, "stderr": None, "n": None}]
+    run = changed(evaluated, tmp_path / "run", lambda content: content.update(abilities=entries))
+    assert report.main([str(run)]) == 0
+    read = check_stands_alone((run / "report.html").read_text())
+    assert "0.750 ± 0.100" in read.text
+    assert "up (own mask)" in read.text
+    assert "abilities" in [a["id"] for tag, a in read.tags if tag == "section"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -297,6 +308,7 @@ def test_also_takes_files_and_folders(evaluated, tmp_path):
         (lambda c: c["generation"][1].update(answers=7), "entry 2 of generation: 'answers' is missing"),
         (lambda c: c["generation"][0]["answers"][1].pop("tokens"), "entry 2 of answers: 'tokens' is missing"),
         (lambda c: c["efficiency"][0].update(disk_bytes=None), "entry 1 of efficiency: 'disk_bytes' is missing"),
+        (lambda c: c.update(abilities=[{"condition": "x"}]), "entry 1 of abilities: 'task' is missing"),
         (lambda c: c.update(options=[1]), "field 'options' is no object"),
     ],
 )
