@@ -25,7 +25,9 @@ CRITERIA = (
 FIRST_ORDER = ("first-order", "first-order-damage", "first-order-pool", "first-order-gate")
 WHITENED = "first-order"
 """The criterion whose answers count as their gradients say (``pipeline.whitening``)."""
-CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", "target-shift", *FIRST_ORDER)
+SIGNED = ("target-shift", *FIRST_ORDER)
+"""Criteria of ours: a sign says what may go, so a row may lose fewer weights than asked."""
+CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *SIGNED)
 ACTIVATIONS = ("softplus", "relu")
 CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "random", "others")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
@@ -193,7 +195,7 @@ class CalibrateConfig:
         _at_least("stream_buffer", self.stream_buffer, 0)
         if self.stream:
             self._check_stream()
-        if self.disjoint and self.criterion in ("random", "magnitude", "neutral", "target-shift", *FIRST_ORDER):
+        if self.disjoint and self.criterion in ("random", "magnitude", "neutral", *SIGNED):
             raise UserError(f"--disjoint is for the paper's criteria, not {self.criterion!r}")
 
     def _check_stream(self) -> None:

@@ -94,7 +94,7 @@ def test_conditions_of_words_through_the_program(finished, tmp_path, capsys):
 
 
 def test_options_are_checked(finished):
-    for wrong, said in ((["--shots", "0"], "at least 1"), (["--conditions", "lora"], "prompt\\+mask")):
+    for wrong, said in ((["--shots", "0"], "at least 1"), (["--conditions", "magic"], "prompt\\+mask")):
         with pytest.raises(SystemExit) as caught:
             evaluate.main([str(finished), *wrong])
         assert caught.value.code == 2, said

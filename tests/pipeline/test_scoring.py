@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from kernels import unpack_bits
 from pipeline import scoring
-from pipeline.config import FIRST_ORDER, Sparsity
+from pipeline.config import SIGNED, Sparsity
 from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.stats import ChannelStats
 
 N, K = 5, 300
-PAPER = [name for name in CRITERIA if name not in FIRST_ORDER]
+PAPER = [name for name in CRITERIA if name not in SIGNED]
 
 
 def channels(width=K, **given):
@@ -194,7 +194,7 @@ def test_softplus_that_underflows_leaves_no_ties_to_the_column_order(how):
     assert mask[:, left].double().mean() < mask[:, right].double().mean() + 0.25
 
 
-@pytest.mark.parametrize("name", [*PAPER, *FIRST_ORDER])
+@pytest.mark.parametrize("name", [*PAPER, *SIGNED])
 @pytest.mark.parametrize("odd", ["zeros", "constant", "huge", "tiny"])
 def test_odd_statistics_raise_nothing(name, odd):
     value = {"zeros": 0.0, "constant": 1.0, "huge": 1e30, "tiny": 1e-40}[odd]
@@ -204,7 +204,7 @@ def test_odd_statistics_raise_nothing(name, odd):
         for activation in ("softplus", "relu"):
             got = kept(name, layer(own=own, other=other, activation=activation))
             assert (got.sum(1) >= 100).all()
-            assert name in FIRST_ORDER or got.sum(1).tolist() == [100] * N
+            assert name in SIGNED or got.sum(1).tolist() == [100] * N
 
 
 @pytest.mark.parametrize("name", [n for n in PAPER if n not in ("random", "magnitude")])

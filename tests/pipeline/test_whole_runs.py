@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import calibrate, evaluate
-from pipeline.config import CRITERIA, FIRST_ORDER
+from pipeline.config import CRITERIA, SIGNED
 from pipeline.store import STATISTICS, load_masks, load_statistics
 from tests.pipeline.tiny import make_model, write_pairs, write_texts
 
@@ -56,7 +56,7 @@ def test_every_criterion(place, run, tmp_path, criterion):
         )
         for persona in ("up", "down"):
             kept = masks.mask(persona, layer).sum(1)
-            if criterion in FIRST_ORDER:
+            if criterion in SIGNED:
                 assert (kept >= keep).all()
                 assert (kept < columns).any()
             else:
