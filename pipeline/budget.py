@@ -22,9 +22,11 @@ from pipeline.model import PersonaModel
 NEUTRAL_TEXTS = 64
 """Neutral pairs that the gradient of neutral text is measured on; of the others, ``PROBE_TEXTS`` measure the cost."""
 PROBE_TEXTS = 48
-STEPS, PROBES, CLOSE = 64, 7, 0.85
-"""The share removed is found in 64ths of ``--sparsity``, from at most so many measurements; a cost of at least this
-part of the budget ends the search."""
+STEPS, FIRST, PROBES, CLOSE = 64, 32, 7, 0.85
+"""The share removed is found in 64ths of ``--sparsity``, from at most so many measurements, the first at 32; a cost of
+at least this part of the budget ends the search."""
+POWER = 1.8
+"""Cost grows nearly as the square of what is removed; two measurements know better."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def largest_within(
     Cost need not rise with every weight; what is returned has been measured to hold. If nothing that was tried does,
     raises UserError, or without ``strict`` returns the smallest.
     """
-    low, high, best, step = 0, STEPS + 1, None, STEPS
+    low, high, best, step = 0, STEPS + 1, None, FIRST
     costs: dict[int, float] = {}
     for _ in range(PROBES):
         factor = Decimal(step) / STEPS
@@ -94,12 +96,14 @@ def largest_within(
 
 def _between(low: int, high: int, costs: dict[int, float], limit: float) -> int:
     """The next step to try, strictly between two, where a power law through what was measured meets the budget."""
-    aim, above = 0.93 * limit, costs[high]
-    if not math.isfinite(above) or (low and costs[low] < limit / 10):
-        return (low + high) // 2
-    # Cost grows nearly as the square of what is removed; two measurements know better.
-    power = math.log(above / costs[low]) / math.log(high / low) if low else 1.8
-    guess = high * (aim / above) ** (1 / power)
+    aim, below, above = 0.93 * limit, costs.get(low, 0.0), costs.get(high)
+    if above is None:
+        guess = low * (aim / below) ** (1 / POWER) if below > 0 else STEPS
+    elif not math.isfinite(above) or (low and below < limit / 10):
+        guess = (low + high) // 2
+    else:
+        power = math.log(above / below) / math.log(high / low) if low else POWER
+        guess = high * (aim / above) ** (1 / power)
     return min(max(round(guess), low + 1), high - 1)
 
 
@@ -139,10 +143,10 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
         masked = PersonaModel(model, masks)
         try:
             with masked.using(persona):
-                worse = math.expm1(min(before - mean(texts, masked), 100.0))
-                if worse > config.budget:
-                    return worse
-                return max(math.expm1(min(divergence(unmasked, masked, neutral, **sizes), 100.0)), worse)
+                other = math.expm1(min(divergence(unmasked, masked, neutral, **sizes), 100.0))
+                if other > config.budget:
+                    return other
+                return max(math.expm1(min(before - mean(texts, masked), 100.0)), other)
         finally:
             masked.detach()
 

@@ -91,7 +91,8 @@ def shapes_of(model: Any, stats: ActivationStats, config: CalibrateConfig) -> di
 
 
 def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device) -> Slopes:
-    return Slopes(*(tensor.to(device) for tensor in (*gradients.of(persona, name), *gradients.neutral(name))))
+    found = (*gradients.of(persona, name), gradients.neutral(name), gradients.variance(persona, name))
+    return Slopes(*(tensor.to(device) for tensor in found))
 
 
 def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:

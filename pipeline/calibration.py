@@ -23,7 +23,7 @@ from pipeline.loading import load_model
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.ranks import Ranks
 from pipeline.signals import told, unbroken
-from pipeline.sites import Site, check_causal, find_sites, maskable
+from pipeline.sites import Site, check_causal, find_sites, measurable
 from pipeline.state import check_files
 from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
@@ -79,7 +79,7 @@ class StatisticsModule(Stage):
         if self.skipped:
             return
         spread_threads(self.trainer, self.device, self.config.deterministic)
-        layers = maskable(self.model, self.config)
+        layers = measurable(self.model, self.config)
         check_causal(self.model, self.device)
         sites, unused = find_sites(self.model, layers, self.device)
         if self.trainer.is_global_zero:

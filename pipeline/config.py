@@ -122,6 +122,9 @@ class CalibrateConfig:
     """Regular expression: only layers whose name matches are masked."""
     exclude: str = ""
     """Regular expression: layers whose name matches are left alone (the output head always is)."""
+    skip_blocks: float | None = None
+    """Share of the decoder blocks, from the input on, that are left alone, in [0, 1): what is removed there changes the
+    text more for what it does to the persona. Default 0.4 for first-order, 0 for the other criteria."""
     samples: int = 128
     """Calibration items per persona, drawn at random with the seed; 0 takes all."""
     max_length: int = 512
@@ -181,6 +184,8 @@ class CalibrateConfig:
         _at_least("evidence", self.evidence, 0)
         _at_least("shift", self.shift, 0)
         _at_least("max_perplexity_increase", self.budget, 0)
+        if not 0 <= self.skipped_blocks < 1:
+            raise UserError(f"--skip-blocks must lie in [0, 1), got {self.skip_blocks}")
         if self.budget and self.disjoint:
             raise UserError("--max-perplexity-increase fits every persona alone, so it excludes --disjoint")
         _at_least("samples", self.samples, 0)
@@ -221,6 +226,13 @@ class CalibrateConfig:
         if self.max_perplexity_increase is not None:
             return self.max_perplexity_increase
         return 0.15 if self.criterion == WHITENED else 0.0
+
+    @property
+    def skipped_blocks(self) -> float:
+        """The share of the decoder blocks, from the input on, that no mask touches."""
+        if self.skip_blocks is not None:
+            return self.skip_blocks
+        return 0.4 if self.criterion == WHITENED else 0.0
 
 
 @dataclass

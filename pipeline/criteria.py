@@ -27,12 +27,13 @@ between them is then halved."""
 @dataclass(frozen=True)
 class Slopes:
     """What one layer's gradients say for one persona, float32 ``[N, K]`` each: the gradient of the persona's margin
-    and of the likelihood of neutral text, each with its standard error over items (0 throughout: unknown)."""
+    with its standard error over items, that of the likelihood of neutral text, and the variance of the gradient of an
+    answer's mean log-probability over all answers, up to one factor for all layers (0 throughout: unknown)."""
 
     margin: Tensor
     error: Tensor
     neutral: Tensor
-    neutral_error: Tensor
+    variance: Tensor
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def first_order(layer: Layer) -> Tensor:
     Removal changes the likelihood of neutral text too, to first order; the layer's removed weights together must not.
     That change enters the gain at the price that brings it to zero. Demanded of every single weight instead, the
     condition pulls the model towards the style of the neutral texts, and generated text suffers (docs/experiments.md).
-    The damage is the second-order cost to neutral text; where one batch left its spread unknown, the disturbance.
+    The damage is the second-order cost to likelihoods; where one batch left their spread unknown, the disturbance.
     """
     weight, slopes = layer.weight, _slopes(layer)
     gain = scoring.first_order_gain(weight, slopes.margin)
@@ -140,8 +141,8 @@ def first_order(layer: Layer) -> Tensor:
     eligible = gain > layer.evidence * weight.float().abs() * slopes.error
     if layer.pool < 1:
         eligible &= least_important(weight, _rms(layer), layer.pool)
-    if slopes.neutral_error.any():
-        damage = scoring.likelihood_damage(weight, slopes.neutral_error)
+    if slopes.variance.any():
+        damage = scoring.likelihood_damage(weight, slopes.variance)
     else:
         damage = scoring.disturbance(weight, _rms(layer))
 

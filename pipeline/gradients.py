@@ -5,7 +5,7 @@ how much of it other items would share: that is what a mask has to be chosen by.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import batches_by_tokens
 from pipeline.errors import UserError
 from pipeline.memory import halves, is_out_of_memory, make_room
-from pipeline.objectives import Unit, WeightedAnswer
-from pipeline.sites import find_linears, matrix
+from pipeline.objectives import Unit, WeightedAnswer, answer_weights
+from pipeline.sites import maskable, matrix
 from pipeline.store import write_tensors
 
 BATCHES = 12
@@ -245,18 +245,19 @@ def _batches(units: Sequence[Unit], batch_tokens: int) -> list[list[int]]:
 class GradientModule(Stage):
     """Writes every objective's gradient and its standard error to ``folder / gradient_file(name)``.
 
-    Float32 ``[N, K]`` by layer, under ``mean/LAYER`` and ``error/LAYER``. What an earlier process wrote stays.
+    Float32 ``[N, K]`` by layer, under ``mean/LAYER`` and ``error/LAYER``, and in the metadata how many answers, and the
+    sum of the squares of their weights. What an earlier process wrote stays.
     """
 
-    def __init__(self, config: CalibrateConfig, folder: Path, pad: int, names: Iterable[str]) -> None:
+    def __init__(self, config: CalibrateConfig, folder: Path, pad: int, objectives: dict[str, list[Unit]]) -> None:
         super().__init__(config, folder)
-        self.pad, self.names = pad, tuple(names)
+        self.pad, self.weights = pad, {name: answer_weights(units) for name, units in objectives.items()}
 
     def _written(self) -> frozenset[str]:
-        return frozenset(name for name in self.names if (self.folder / gradient_file(name)).exists())
+        return frozenset(name for name in self.weights if (self.folder / gradient_file(name)).exists())
 
     def is_done(self) -> bool:
-        return len(self._written()) == len(self.names)
+        return len(self._written()) == len(self.weights)
 
     def on_predict_start(self) -> None:
         if self.skipped:
@@ -266,7 +267,7 @@ class GradientModule(Stage):
         # takes longer than its two dozen batches.
         self.finished = self.trainer.strategy.broadcast(self._written())
         self.in_order = self.config.deterministic and self.trainer.world_size > 1
-        self.linears = find_linears(self.model, self.config.include, self.config.exclude)
+        self.linears = maskable(self.model, self.config)
         self._context = accumulating(self.linears, at_once=not self.in_order)
         self.moments = self._context.__enter__()
 
@@ -326,7 +327,9 @@ class GradientModule(Stage):
                 stored = matrix(module) is module.weight
                 for kind, value in (("mean", self.moments.total[layer]), ("error", self.moments.error(layer))):
                     tensors[f"{kind}/{layer}"] = value if stored else value.T
-            write_tensors(self.folder / gradient_file(name), tensors, {"batches": str(self.moments.batches)})
+            count, square = self.weights[name]
+            metadata = {"batches": self.moments.batches, "answers": count, "square": square}
+            write_tensors(self.folder / gradient_file(name), tensors, {key: str(v) for key, v in metadata.items()})
         self.moments.clear()
 
 
@@ -359,9 +362,25 @@ class Gradients:
         variance = torch.stack([(weight * self._read(name, f"error/{layer}")) ** 2 for name, weight in parts]).sum(0)
         return mean, variance.sqrt()
 
-    def neutral(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Gradient of the likelihood of neutral text and its standard error, float32 ``[N, K]``."""
-        return self._read(NEUTRAL, f"mean/{layer}"), self._read(NEUTRAL, f"error/{layer}")
+    def neutral(self, layer: str) -> Tensor:
+        """Gradient of the likelihood of neutral text, float32 ``[N, K]``."""
+        return self._read(NEUTRAL, f"mean/{layer}")
+
+    def variance(self, persona: str, layer: str) -> Tensor:
+        """Variance of the gradient of an answer's mean log-probability, over the persona's and its opponent's answers
+        and neutral texts, float32 ``[N, K]``."""
+        found, answers = [], 0
+        for name in (*dict(self._parts[persona]), NEUTRAL):
+            count, square = self._weights(name)
+            found.append(self._read(name, f"error/{layer}").square_().mul_(count / square))
+            answers += count
+        return torch.stack(found).sum(0) / answers
+
+    def _weights(self, name: str) -> tuple[int, float]:
+        """An objective's number of answers, and the sum of the squares of their weights."""
+        with safe_open(str(self.folder / gradient_file(name)), "pt") as file:
+            metadata = file.metadata()
+        return int(metadata["answers"]), float(metadata["square"])
 
     def _read(self, name: str, key: str) -> Tensor:
         with safe_open(str(self.folder / gradient_file(name)), "pt") as file:

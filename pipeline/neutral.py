@@ -87,7 +87,7 @@ class NeutralMasks:
 
         mean, error = matrix(self._moments.total[name]), matrix(self._moments.error(name))
         # Neutral text is what this mask is for: there is nothing to hold it in balance against.
-        return Slopes(mean, error, mean.new_zeros(mean.shape), error)
+        return Slopes(mean, error, mean.new_zeros(mean.shape), error.square())
 
     @cached_property
     def _statistics(self) -> Any:

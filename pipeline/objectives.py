@@ -46,6 +46,15 @@ def likelihood_units(texts: Sequence[Encoded]) -> list[Unit]:
     return [(WeightedAnswer(text, 1.0 / max(total, 1)),) for text in texts]
 
 
+def answer_weights(units: Sequence[Unit]) -> tuple[int, float]:
+    """The number of answers with tokens, and the sum of the squares of the weights of their mean log-probabilities.
+
+    Were gradients of answers independent, with a variance each of F, the objective's would vary by the sum times F.
+    """
+    terms = [term for unit in units for term in unit if term.tokens]
+    return len(terms), sum((term.weight * term.tokens) ** 2 for term in terms)
+
+
 def objective_of(personas: PersonaSet, prompter: Prompter, *, count: int, max_length: int, seed: int) -> list[Unit]:
     """The margin of a pair, on the items that the statistics are measured on; a lone set's likelihood."""
     chosen: list[tuple[Encoded, ...]] = []

@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPSILON = 1e-8
+FLOOR = 0.1
+"""What is added to the variance of a gradient's entry, as a share of the mean. 0.01 to 1 differ by a few per cent
+(docs/experiments.md)."""
 
 
 def wanda(mean_abs: Tensor) -> Tensor:
@@ -85,15 +88,19 @@ def disturbance(weight: Tensor, rms: Tensor) -> Tensor:
     return (weight.float() * rms.float()).square()
 
 
-def likelihood_damage(weight: Tensor, error: Tensor) -> Tensor:
-    """Second-order cost of a removed weight to neutral text, ``W_ij^2 F_ij``, up to one factor for all layers.
+def floored(variance: Tensor) -> Tensor:
+    """Variances measured on few answers, none of them near 0: plus ``FLOOR`` of their mean."""
+    return variance + FLOOR * variance.mean()
 
-    ``F`` is the diagonal of the Fisher information, which is the variance of the likelihood's gradient over texts;
-    ``error`` is the standard error of that gradient ``[N, K]``. Measured on few batches a single ``F_ij`` can come
-    out as 0 by chance, so a thousandth of the layer's mean is added. Returns float32 ``[N, K]``.
+
+def likelihood_damage(weight: Tensor, variance: Tensor) -> Tensor:
+    """Second-order cost of a removed weight to the model's text, ``W_ij^2 F_ij``, up to one factor for all layers.
+
+    ``F`` is the diagonal of the Fisher information, which is the ``variance`` ``[N, K]`` of the likelihood's gradient
+    over texts. Measured on few batches a single ``F_ij`` comes out far too small by chance, hence ``floored``. Returns
+    float32 ``[N, K]``.
     """
-    damage = (weight.float() * error.float()).square()
-    return damage + 1e-3 * damage.mean()
+    return weight.float().square() * floored(variance.float())
 
 
 def gain_per_damage(gain: Tensor, damage: Tensor) -> Tensor:

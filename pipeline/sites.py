@@ -64,10 +64,32 @@ def find_layers(model: Any, include: str = "", exclude: str = "") -> dict[str, A
     return _left({**_linears(model, include, exclude), **experts}, include, exclude)
 
 
-def maskable(model: Any, config: CalibrateConfig) -> dict[str, Any]:
-    """The layers that the options let be masked; the first-order criteria leave experts whole."""
+def measurable(model: Any, config: CalibrateConfig) -> dict[str, Any]:
+    """The layers that are measured; the first-order criteria leave experts whole."""
     find = find_linears if config.criterion in FIRST_ORDER else find_layers
     return find(model, config.include, config.exclude)
+
+
+def maskable(model: Any, config: CalibrateConfig) -> dict[str, Any]:
+    """The layers that the options let be masked: of the measured ones, those beyond the first ``skipped_blocks``.
+
+    A model without a list of decoder blocks has none to skip. Raises UserError if the user named a share then, or if
+    nothing is left.
+    """
+    found = measurable(model, config)
+    if not config.skipped_blocks:
+        return found
+    try:
+        blocks = list(decoder_blocks(model))
+    except UserError:
+        if config.skip_blocks is not None:
+            raise
+        return found
+    skipped = tuple(f"{name}." for name in blocks[: int(config.skipped_blocks * len(blocks))])
+    found = {name: layer for name, layer in found.items() if not name.startswith(skipped)}
+    if not found:
+        raise UserError(f"no linear layer is left to mask beyond the {len(skipped)} blocks that --skip-blocks leaves")
+    return found
 
 
 def _linears(model: Any, include: str, exclude: str) -> dict[str, nn.Module]:

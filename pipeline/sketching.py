@@ -23,9 +23,9 @@ from pipeline.errors import UserError
 from pipeline.gradients import SCALE, Step, backward
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer
-from pipeline.sites import find_linears, matrix
+from pipeline.sites import maskable, matrix
 from pipeline.store import write_tensors
-from pipeline.whitening import contrast_weights
+from pipeline.whitening import contrast_weights, standardised
 
 COORDINATES = 1 << 17
 """Entries of all gradients together that are looked at. Inner products come out within one over the root of it of the
@@ -66,18 +66,22 @@ class Sketcher:
         self.out = torch.zeros(batch, self.coordinates.total, device=device)
         self.width = width
 
-    def hook(self, name: str) -> Callable[..., None]:
+    def hook(self, name: str) -> Callable[..., Tensor | None]:
         rows, columns = self.coordinates.rows[name], self.coordinates.columns[name]
         place = self.coordinates.places[name]
 
-        def forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             x, batch = inputs[0].detach(), len(self.out)
-            if not output.requires_grad:
-                return
+            if not torch.is_grad_enabled():
+                return None
             if x.shape[:-1].numel() != batch * self.width:
                 # A choice of tokens (a routed expert): whose they are is not known here.
                 self.scattered.add(name)
-                return
+                return None
+            if not output.requires_grad:
+                # The graph begins at the first layers that are looked at. A copy: what follows may change it in place,
+                # which a leaf does not allow.
+                output = output.detach().requires_grad_(True).clone()
             read = x.reshape(batch, self.width, -1)[..., columns].float()
 
             def back(gradient: Tensor) -> None:
@@ -85,17 +89,16 @@ class Sketcher:
                 self.out[:, place] += (returned * read).sum(1)
 
             output.register_hook(back)
+            return output
 
         return forward
 
 
 @contextmanager
-def sketching(model: Any, linears: dict[str, Any], coordinates: Coordinates) -> Iterator[Sketcher]:
+def sketching(linears: dict[str, Any], coordinates: Coordinates) -> Iterator[Sketcher]:
     """Hooks that sketch every backward pass inside; weights stay frozen."""
     sketcher = Sketcher(coordinates)
-    # A copy: some models scale the embedding in place, which a leaf does not allow.
-    handles = [model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True).clone())]
-    handles += [module.register_forward_hook(sketcher.hook(name)) for name, module in linears.items()]
+    handles = [module.register_forward_hook(sketcher.hook(name)) for name, module in linears.items()]
     try:
         yield sketcher
     finally:
@@ -160,8 +163,8 @@ class SketchModule(Stage):
         if self.skipped:
             return
         spread_threads(self.trainer, self.device, self.config.deterministic)
-        linears = find_linears(self.model, self.config.include, self.config.exclude)
-        self._context = sketching(self.model, linears, Coordinates(linears, self.config.seed))
+        linears = maskable(self.model, self.config)
+        self._context = sketching(linears, Coordinates(linears, self.config.seed))
         self.sketcher = self._context.__enter__()
 
     def predict_step(self, step: Step, batch_idx: int) -> None:
@@ -216,5 +219,5 @@ class SketchModule(Stage):
         if name == NEUTRAL:
             self.neutral = rows
         elif self.trainer.is_global_zero:
-            every = torch.cat([rows, self.neutral]) / math.sqrt(rows.shape[1])
+            every = standardised(rows, self.neutral) / math.sqrt(rows.shape[1])
             self.weights[name] = contrast_weights((every @ every.T).cpu(), len(rows) // 2)

@@ -23,7 +23,7 @@ from pipeline.fingerprint import model_fingerprints
 from pipeline.hidden import HiddenStates
 from pipeline.parts import MaskParts
 from pipeline.shards import REST, Shards, release
-from pipeline.sites import Site, causal_probe, compare_causal, maskable, probe, watching
+from pipeline.sites import Site, causal_probe, compare_causal, measurable, probe, watching
 from pipeline.stats import ActivationStats
 
 HIDDEN = "hidden"
@@ -50,7 +50,7 @@ class Stream:
         self.device, self.dtype = self.fabric.device, DTYPES.get(config.precision, torch.float32)
         self.shards = Shards(config.model, self.dtype, self.device)
         self.model = self.shards.model
-        self.layers = maskable(self.model, config)
+        self.layers = measurable(self.model, config)
         self.blocks = Blockwise(self.model, self.shards.blocks)
         self.hidden = HiddenStates(folder / HIDDEN, int(config.stream_buffer * 2**30))
         self.probes: list[tuple[Tensor, Tensor | None]] = [
@@ -69,7 +69,7 @@ class Stream:
                     self._part(number, part)
         finally:
             self.hidden.clear()
-        unused = [name for name in self.layers if name not in self.fingerprints]
+        unused = [name for name in self.layers if name not in self._called()]
         report_coverage(self.model, list(self.stats.sites), unused)
         if not self.fingerprints:
             raise UserError("no layer to be masked was called")
@@ -103,7 +103,8 @@ class Stream:
 
     def _sites(self, number: int) -> list[Site]:
         """What of the layers this part of the pass calls for the first time, as two tiny sequences find."""
-        rest = {name: layer for name, layer in self.layers.items() if name not in self.fingerprints}
+        called = self._called()
+        rest = {name: layer for name, layer in self.layers.items() if name not in called}
         for place, (ids, hidden) in enumerate(self.probes):
             with watching(rest) as readers, torch.no_grad(), self.fabric.autocast():
                 hidden = self.blocks.run(number, ids, torch.ones_like(ids), hidden)
@@ -111,6 +112,10 @@ class Stream:
         if hidden is not None:
             compare_causal(self.model, hidden)
         return readers.sites()
+
+    def _called(self) -> set[str]:
+        """The layers that have been measured."""
+        return {name for site in self.stats.sites for name in site.linears}
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         for index, chosen in enumerate(self.data.share(0, 1)):
@@ -135,6 +140,8 @@ class Stream:
             # Masks are made from float32 weights on the CPU, whatever the pass was computed in.
             self.shards.load(part, torch.float32, CPU)
         masks = build_masks(self.model, stats, self.catalogue, self.config)
+        if not masks.shapes:
+            return
         self.fingerprints |= model_fingerprints({name: self.layers[name] for name in masks.shapes})
         self.parts.add(masks)
         overlaps = overlaps_of(masks, self.catalogue) if self.config.disjoint else {}

@@ -10,9 +10,28 @@ most margin for the least change of the model, among all combinations of the gra
 import torch
 from torch import Tensor
 
+from pipeline.scoring import floored
+
 RIDGE = 0.03
 """What is added to the covariance, as a share of an answer's mean squared gradient. 0.01 to 0.1 differ by a few
 per cent (docs/experiments.md)."""
+
+
+def standardised(answers: Tensor, neutral: Tensor) -> Tensor:
+    """Gradients in units in which each entry varies alike: the diagonal of the Fisher information is then the identity.
+
+    Args:
+        answers: ``[2 n, C]`` entries of the gradients of one pole's answers, then of the other's.
+        neutral: ``[m, C]`` of neutral texts.
+
+    Returns:
+        Both, ``[2 n + m, C]``, every column over the standard deviation around its own group's mean.
+    """
+    items = len(answers) // 2
+    groups = [group for group in (answers[:items], answers[items:], neutral) if len(group)]
+    scatter = torch.stack([(group - group.mean(0)).square().sum(0) for group in groups]).sum(0)
+    every = torch.cat([answers, neutral])
+    return torch.where(scatter.any(), every * floored(scatter / len(every)).rsqrt(), every)
 
 
 def contrast_weights(gram: Tensor, items: int, ridge: float = RIDGE) -> Tensor:

@@ -150,17 +150,17 @@ def test_first_order_leaves_neutral_text_as_it_is(spread, side):
     case = layer(keep=K - 6, evidence=0.5)
     slopes = case.slopes
     slopes = replace(slopes, neutral=slopes.neutral + side * 0.5 * slopes.margin)
-    case = replace(case, slopes=slopes if spread else replace(slopes, neutral_error=torch.zeros(N, K)))
+    case = replace(case, slopes=slopes if spread else replace(slopes, variance=torch.zeros(N, K)))
     w, g, n = case.weight.double(), case.slopes.margin.double(), case.slopes.neutral.double()
     allowed, rms = eligible(case, case.pool)
     allowed &= g.abs() > 0.5 * case.slopes.error
-    damage = (w * case.slopes.neutral_error).square() if spread else (w * rms).square()
-    floor = damage.mean() / 1000 if spread else 0.0
+    variance = case.slopes.variance.double()
+    damage = w.square() * (variance + variance.mean() / 10 if spread else rms.double().square())
 
     def removed(price):
         worth = -w * (g + price * n)
         fit = allowed & (worth > 0)
-        return top(each(lambda i, j: (worth / (damage + floor))[i, j].item() if fit[i, j] else -math.inf), 6) & fit
+        return top(each(lambda i, j: (worth / damage)[i, j].item() if fit[i, j] else -math.inf), 6) & fit
 
     def change(chosen):
         return (-w * n)[chosen].sum().item()

@@ -92,11 +92,11 @@ def test_first_order_scores():
 
 
 def test_likelihood_damage():
-    w, error = torch.randn(3, 4), torch.rand(3, 4)
-    square = [[(w[i, j].item() * error[i, j].item()) ** 2 for j in range(4)] for i in range(3)]
-    floor = sum(map(sum, square)) / 12 / 1000
-    got = scoring.likelihood_damage(w, error).tolist()
-    assert [v for row in got for v in row] == pytest.approx([v + floor for row in square for v in row])
+    w, variance = torch.randn(3, 4), torch.rand(3, 4)
+    floor = sum(map(sum, variance.tolist())) / 12 / 10
+    expected = [w[i, j].item() ** 2 * (variance[i, j].item() + floor) for i in range(3) for j in range(4)]
+    got = scoring.likelihood_damage(w, variance).tolist()
+    assert [v for row in got for v in row] == pytest.approx(expected)
     assert (scoring.likelihood_damage(w, torch.zeros(3, 4)) == 0).all()
 
 

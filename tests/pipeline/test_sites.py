@@ -9,9 +9,10 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pipeline.config import CalibrateConfig
 from pipeline.errors import UserError
 from pipeline.loading import load_model
-from pipeline.sites import check_causal, find_linears, find_sites, matrix
+from pipeline.sites import check_causal, find_linears, find_sites, maskable, matrix, measurable
 from tests.pipeline.test_families import FAMILIES, GROUPED
 
 CPU = torch.device("cpu")
@@ -154,6 +155,48 @@ def test_a_decoder_that_looks_ahead_is_refused():
     bert.config.is_decoder = True
     decoder = transformers.BertLMHeadModel(bert.config).eval()
     check_causal(decoder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, 3),
+        ({"skip_blocks": 0.0}, 5),
+        ({"skip_blocks": 0.59}, 3),
+        ({"skip_blocks": 0.6}, 2),
+        ({"criterion": "wanda"}, 5),
+        ({"criterion": "wanda", "skip_blocks": 0.999}, 1),
+    ],
+)
+def test_skipped_blocks_are_measured_but_not_masked(options, blocks):
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED | {"num_hidden_layers": 5}))
+    config = CalibrateConfig(**options)
+    assert {name.split(".")[2] for name in maskable(model, config)} == {str(n) for n in range(5 - blocks, 5)}
+    assert set(measurable(model, config)) == set(find_linears(model))
+
+
+def test_nothing_left_beyond_the_skipped_blocks(llama):
+    with pytest.raises(UserError, match="no linear layer is left to mask beyond the 1 blocks"):
+        maskable(llama, CalibrateConfig(skip_blocks=0.5, include=r"layers\.0"))
+
+
+def test_a_model_without_a_list_of_blocks_skips_none_unless_told_to():
+    class Odd(nn.Module):
+        config = transformers.LlamaConfig(**GROUPED)
+
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def get_output_embeddings(self):
+            return None
+
+    assert list(maskable(Odd(), CalibrateConfig())) == ["linear"]
+    with pytest.raises(UserError, match="no list of 2 decoder blocks"):
+        maskable(Odd(), CalibrateConfig(skip_blocks=0.4))
 
 
 def test_a_layer_under_two_names_is_one_layer(llama):

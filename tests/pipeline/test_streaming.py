@@ -93,6 +93,7 @@ def test_every_criterion_without_gradients(criterion, words, tmp_path, ground):
         ("--disjoint",),
         ("--compose", "both=0.5*up+0.5*down", "--criterion", "wanda"),
         ("--include", "mlp", "--exclude", "layers.0"),
+        ("--skip-blocks", "0.5"),
         ("--tokens", "all", "--sparsity", "0.2,mlp=0.4"),
         ("--precision", "bf16-true"),
         ("--precision", "bf16-mixed"),

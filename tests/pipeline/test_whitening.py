@@ -1,6 +1,7 @@
 """The weights of answers: against the discriminant written out, and gradients at coordinates against autograd."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pipeline.loading import load_model
 from pipeline.objectives import WeightedAnswer, likelihood_units, margin_units
 from pipeline.sites import find_linears, matrix
 from pipeline.sketching import WEIGHTS, Coordinates, single_answers, sketching, weighted
-from pipeline.whitening import contrast_weights
+from pipeline.whitening import contrast_weights, standardised
 
 
 def gradients(items=6, neutral=5, size=40):
@@ -61,6 +62,21 @@ def test_no_gram_matrix_of_so_many_items(shape, items):
         contrast_weights(torch.zeros(shape), items)
 
 
+def test_standardised():
+    """Every entry over its standard deviation within the three groups, and a tenth of the mean variance more."""
+    values = [[3.0, 0.0], [5.0, 0.0], [1.0, 4.0], [1.0, 4.0], [0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]
+    variances = [(2 * 1 + 0 + 2 * 4) / 7, 0.0]
+    scale = [math.sqrt(v + sum(variances) / 20) for v in variances]
+    given = torch.tensor(values)
+    for neutral, spread in ((given[4:], scale), (given[:0], [math.sqrt(2 / 4 + 2 / 80), math.sqrt(2 / 80)])):
+        got = standardised(given[:4], neutral).tolist()
+        for row, found in zip(values, got, strict=False):
+            assert found == pytest.approx([v / s for v, s in zip(row, spread, strict=True)])
+        assert len(got) == 4 + len(neutral)
+    same = given[:1].expand(4, 2)
+    assert torch.equal(standardised(same, given[:0]), same)
+
+
 def answers(count=3):
     generator = torch.Generator().manual_seed(1)
     for number in range(count):
@@ -68,13 +84,15 @@ def answers(count=3):
         yield WeightedAnswer(Encoded(tuple(ids), 2 + number, range(0)), 1.0 / (len(ids) - 2 - number))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sketches_are_entries_of_each_answers_gradient(ground, family):
+@pytest.mark.parametrize(
+    ("family", "exclude"), [("llama", ""), ("gpt2", ""), ("llama", r"layers\.0"), ("gpt2", r"h\.0")]
+)
+def test_sketches_are_entries_of_each_answers_gradient(ground, family, exclude):
     model = load_model(str(getattr(ground, family)), torch.float64).requires_grad_(False)
-    linears = find_linears(model)
+    linears = find_linears(model, exclude=exclude)
     coordinates = Coordinates(linears, seed=3, count=500)
     batch = list(answers())
-    with sketching(model, linears, coordinates) as sketcher:
+    with sketching(linears, coordinates) as sketcher:
         sketcher.begin(len(batch), max(len(one.encoded) for one in batch), torch.device("cpu"))
         backward(model, batch, 0, 1.0)
     assert not sketcher.scattered
@@ -98,7 +116,7 @@ def test_sketches_are_entries_of_each_answers_gradient(ground, family):
 def test_hooks_are_gone_afterwards(ground):
     model = load_model(str(ground.llama)).requires_grad_(False)
     before = model(torch.tensor([[3, 4, 5]])).logits
-    with sketching(model, find_linears(model), Coordinates(find_linears(model), 0, 10)):
+    with sketching(find_linears(model), Coordinates(find_linears(model), 0, 10)):
         pass
     after = model(torch.tensor([[3, 4, 5]])).logits
     assert torch.equal(before, after)
@@ -120,7 +138,7 @@ def test_a_layer_that_reads_some_tokens_only_is_named(ground):
     name, block = "model.layers.0.self_attn.o_proj", model.model.layers[0].self_attn
     block.o_proj = Chosen(block.o_proj)
     batch = list(answers())
-    with sketching(model, linears, Coordinates(linears, 0, 500)) as sketcher:
+    with sketching(linears, Coordinates(linears, 0, 500)) as sketcher:
         sketcher.begin(3, 11, torch.device("cpu"))
         backward(model, batch, 0, 1.0)
     assert sketcher.scattered == {name}
@@ -161,10 +179,11 @@ def test_the_pass_writes_them(ground, tmp_path):
     linears = find_linears(model)
     rows = []
     for unit in (*singles["up"], *singles[NEUTRAL]):
-        with sketching(model, linears, Coordinates(linears, config.seed)) as sketcher:
+        with sketching(linears, Coordinates(linears, config.seed)) as sketcher:
             sketcher.begin(1, len(unit[0].encoded), torch.device("cpu"))
             backward(model, [dataclasses.replace(unit[0])], 0, 1.0)
         rows.append(sketcher.out[0] / SCALE)
-    every = torch.stack(rows).double()
+    rows = torch.stack(rows).double()
+    every = standardised(rows[:4], rows[4:])
     expected = contrast_weights(every @ every.T, 2)
     assert torch.allclose(load_file(str(tmp_path / WEIGHTS))["up"], expected, atol=1e-4)
