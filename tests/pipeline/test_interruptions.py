@@ -28,6 +28,8 @@ def program(tmp_path, body, words):
 import os, signal, sys, time
 from pathlib import Path
 from pipeline import calibrate, calibration
+# Tests that run in the background have Ctrl-C ignored, and hand that down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 add = calibration.StatisticsModule._add
 def changed(self, batch, *more):
     rank = self.trainer.global_rank
