@@ -294,6 +294,8 @@ class EvaluateConfig:
     generate: int = 0
     """Measure the answers (repetition, length, judged margin) to so many held-out questions of every pair; 0 only those
     of --questions."""
+    temperature: float = 0.0
+    """Beside every greedy answer, one sampled at this temperature from the whole vocabulary, with the seed; 0 none."""
     efficiency: bool = False
     """Also measure what the first pair's conditions cost to serve: prompt tokens, time to the first token, tokens per
     second, memory and bytes on disk per persona."""
@@ -319,6 +321,7 @@ class EvaluateConfig:
         check_gamma(self.gamma)
         for condition in self.wanted:
             _one_of("conditions", condition, CONDITIONS)
+        _at_least("temperature", self.temperature, 0)
         if self.steering_strength not in ("shift", "cost"):
             _at_least("steering_strength", _number(self.steering_strength), 0)
         for name in ("samples", "questions", "generate", "texts", "task_items", "seed"):

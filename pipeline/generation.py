@@ -55,11 +55,25 @@ def continue_from(
 
 @torch.inference_mode()
 def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, batch_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[list[int]]:
-    """Greedy continuations of many prompts (token ids), in batches padded on the left; without the end token."""
+    """Continuations of many prompts (token ids), in batches padded on the left; without the end token.
+
+    Greedy at temperature 0, else drawn from the whole vocabulary: the same for the same prompts, seed and sizes of
+    batches. The generators of the process are left as they were.
+    """
     device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
     results: list[list[int]] = [[] for _ in prompts]
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     for chosen in batches_by_tokens([len(p) + max_new_tokens for p in prompts], batch_tokens):
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.full((len(chosen), width), pad, dtype=torch.int64)
@@ -67,13 +81,15 @@ def continuations(
         for row, index in enumerate(chosen):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             attention[row, width - len(prompts[index]) :] = 1
-        output = model.generate(
-            ids.to(device),
-            attention_mask=attention.to(device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            do_sample=False,
-        )
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = model.generate(
+                ids.to(device),
+                attention_mask=attention.to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                **sampling,
+            )
         for row, index in enumerate(chosen):
             results[index] = _until_the_end(output[row, width:].tolist(), model)
     return results

@@ -135,8 +135,10 @@ def _generate(ground: Ground, pairs: Sequence[PersonaSet], results: Results) -> 
         known = results.settings[pair.plus]
         own = [] if "mask" in config.wanted else settings("mask", ground, pair)
         speaking = [UNMASKED, *(s for s in known if s.condition in SPEAKING), *own]
-        for setting in speaking if items else []:
-            results.generation.append(generation_entry(pair, setting, texts_of(ground, setting, items)))
+        for temperature in (0.0, config.temperature) if config.temperature else (0.0,):
+            for setting in speaking if items else []:
+                texts = texts_of(ground, setting, items, temperature)
+                results.generation.append(generation_entry(pair, setting, texts, temperature))
 
 
 def _efficiency(ground: Ground, pair: PersonaSet, results: Results) -> None:
@@ -159,8 +161,9 @@ def _abilities(ground: Ground, pairs: Sequence[PersonaSet], tasks: Sequence[str]
 
 
 def _answers(generation: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The first pair's answers, unmasked and under its masks, question by question."""
-    plain = [e for e in generation if e["condition"] in ("unmasked", "own mask") and e["pair"] == generation[0]["pair"]]
+    """The first pair's greedy answers, unmasked and under its masks, question by question."""
+    greedy = [e for e in generation if e["pair"] == generation[0]["pair"] and not e["temperature"]]
+    plain = [entry for entry in greedy if entry["condition"] in ("unmasked", "own mask")]
     return [
         {key: entry["answers"][number][key] for key in ("question", "answer")} | {"persona": entry["persona"]}
         for number in range(min(count, *(entry["n"] for entry in plain)) if plain else 0)

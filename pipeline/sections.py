@@ -150,6 +150,8 @@ def _card(pair: str, told: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
     lines = [f"<h3>{text(told[0][1]['question'])}</h3>", f'<p class="soft">{text(pair)}</p>' if pair else ""]
     for entry, answer in told:
         who = "unmasked" if entry.get("persona") is None else f"{entry['persona']} ({entry['condition']})"
+        if isinstance(temperature := entry.get("temperature"), int | float) and temperature:
+            who += f", temperature {temperature:g}"
         measures = ""
         if "repetition" in answer:
             measures = f"{answer['tokens']} tokens, {answer['repetition']:.0%} of the 3-grams repeated"

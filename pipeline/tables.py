@@ -73,10 +73,12 @@ def print_generation(generation: Sequence[dict[str, Any]], count: int) -> None:
 
 
 def _speaker(entry: dict[str, Any]) -> str:
-    """A mask's persona speaks in its own name."""
+    """A mask's persona speaks in its own name; whose words were drawn is said."""
+    drawn = f", temperature {entry['temperature']:g}" if entry["temperature"] else ""
     if entry["persona"] is None:
-        return entry["condition"]
-    return entry["persona"] if entry["condition"] == "own mask" else f"{entry['persona']} ({entry['condition']})"
+        return entry["condition"] + drawn
+    whose = entry["persona"] if entry["condition"] == "own mask" else f"{entry['persona']} ({entry['condition']})"
+    return whose + drawn
 
 
 def _measures(values: dict[str, Any]) -> str:

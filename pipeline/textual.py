@@ -20,7 +20,7 @@ SPEAKING = ("prompt", "in context", "steering vector", "fine-tuned", "own mask",
 
 @dataclass(frozen=True)
 class Text:
-    """A greedy answer. ``tokens`` is its length, ``repetition`` in [0, 1], ``judged`` in nats per token."""
+    """An answer. ``tokens`` is its length, ``repetition`` in [0, 1], ``judged`` in nats per token."""
 
     question: str
     answer: str
@@ -41,12 +41,17 @@ def chosen_items(pair: PersonaSet, count: int) -> list[Item]:
     return [first[question] for question in dict.fromkeys(item.question for item in pair.items)][:count]
 
 
-def texts_of(ground: Ground, setting: Setting, items: Sequence[Item]) -> list[Text]:
-    """The answers under a setting to the questions of some items, measured."""
+def texts_of(ground: Ground, setting: Setting, items: Sequence[Item], temperature: float = 0.0) -> list[Text]:
+    """The answers under a setting to the questions of some items, measured; greedy at temperature 0."""
     prompter, limits = ground.prompter, ground.limits
     prompts = [prompt_ids(ground, setting, item.question) for item in items]
     with applied(ground, setting):
-        written = continuations(ground.model, prompter.tokenizer, prompts, LENGTH, batch_tokens=limits.batch_tokens)
+        sampling: dict[str, Any] = {
+            "batch_tokens": limits.batch_tokens,
+            "temperature": temperature,
+            "seed": ground.config.seed,
+        }
+        written = continuations(ground.model, prompter.tokenizer, prompts, LENGTH, **sampling)
     answers = [prompter.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
     judgements = judged(ground, items, answers)
     return [
@@ -74,7 +79,7 @@ def judged(ground: Ground, items: Sequence[Item], answers: Sequence[str]) -> lis
     return [a.mean - b.mean for a, b in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def generation_entry(pair: PersonaSet, setting: Setting, texts: Sequence[Text]) -> dict[str, Any]:
+def generation_entry(pair: PersonaSet, setting: Setting, texts: Sequence[Text], temperature: float) -> dict[str, Any]:
     """One entry of the JSON's ``generation``: means over the texts, and the texts."""
 
     def mean(name: str) -> float:
@@ -84,6 +89,7 @@ def generation_entry(pair: PersonaSet, setting: Setting, texts: Sequence[Text]) 
         "pair": f"{pair.plus}/{pair.minus}",
         "condition": setting.condition,
         "persona": setting.persona or None,
+        "temperature": temperature,
         "n": len(texts),
         **{name: mean(name) for name in ("tokens", "repetition", "judged")},
         "answers": [vars(text) for text in texts],

@@ -57,6 +57,25 @@ def test_batches_padded_on_the_left_answer_as_single_prompts_do(ground_of, mask)
     assert ground.model.active is None
 
 
+def test_sampled_answers_depend_on_seed_and_temperature_alone(ground_of):
+    ground, prompter = ground_of, ground_of.prompter
+    prompts = [prompter.ids(prompter.prompt(item.question)) for item in ITEMS]
+
+    def drawn(temperature, seed):
+        torch.manual_seed(7)
+        before = torch.get_rng_state()
+        sizes = {"batch_tokens": 4096, "temperature": temperature, "seed": seed}
+        found = continuations(ground.model, prompter.tokenizer, prompts, 12, **sizes)
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    greedy, warm = drawn(0.0, 0), drawn(1.0, 0)
+    assert drawn(0.0, 1) == greedy
+    assert drawn(1.0, 0) == warm != greedy
+    assert drawn(1.0, 1) != warm
+    assert drawn(1e-4, 0) == greedy
+
+
 def test_an_answer_ends_with_the_end_token(ground_of):
     model = ground_of.model
     end = model.generation_config.eos_token_id
@@ -112,3 +131,18 @@ def test_generation_through_the_program(finished, tmp_path, capsys, generate, co
     assert shown.count("Q: ") == 1
     assert "up (prompt): " in shown
     assert ("mean of 3 answers, unmasked" in shown) == (generate == 3)
+
+
+def test_sampled_answers_stand_beside_the_greedy_ones(finished, tmp_path, capsys):
+    held = write_pairs(tmp_path / "held.csv", 14)
+    options = ["--data", str(held), "--texts", "1", "--bootstrap", "20", "--conditions", "mask", "--generate", "2"]
+    options += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]
+    assert evaluate.main([str(finished), *options]) == 0
+    greedy = json.loads((tmp_path / "e.json").read_text())
+    assert evaluate.main([str(finished), *options, "--temperature", "0.7"]) == 0
+    both, shown = json.loads((tmp_path / "e.json").read_text()), capsys.readouterr().out
+    assert both["generation"][:3] == greedy["generation"]
+    assert [e["temperature"] for e in both["generation"]] == [0, 0, 0, 0.7, 0.7, 0.7]
+    assert [e["answers"] for e in both["generation"][3:]] != [e["answers"] for e in greedy["generation"]]
+    assert both["answers"] == greedy["answers"]
+    assert "down, temperature 0.7: " in shown
