@@ -35,9 +35,9 @@ def unpacked(bits: Tensor, columns: int) -> Tensor:
     return torch.from_numpy(wide.astype(bool))
 
 
-def random_masks(personas: int, rows: int, columns: int) -> Tensor:
-    """bool ``[P, N, K]``, half kept; the first row is fully masked, the last one (if another) fully kept."""
-    masks = torch.rand(personas, rows, columns) > 0.5
+def random_masks(personas: int, rows: int, columns: int, removed: float = 0.5) -> Tensor:
+    """bool ``[P, N, K]``, half removed; the first row is fully masked, the last one (if another) fully kept."""
+    masks = torch.rand(personas, rows, columns) > removed
     masks[:, 0] = False
     if rows > 1:
         masks[:, -1] = True
@@ -69,7 +69,10 @@ def masked_product_float64(
 def masked_product_plain(
     x: Tensor, weight: Tensor, masks: Tensor, persona: Tensor, gamma: float, bias: Tensor | None
 ) -> Tensor:
-    """What one would write in PyTorch: a dense product for every persona, then every row takes its own."""
-    weights = [weight] + [torch.where(mask, weight, weight * gamma) for mask in masks]
+    """What one would write in PyTorch: a dense product for every persona, then every row takes its own.
+
+    Every product reads its weights in the layout of ``weight``: torch adds up in another order for another layout.
+    """
+    weights = [weight] + [torch.empty_like(weight).copy_(torch.where(mask, weight, weight * gamma)) for mask in masks]
     outputs = torch.stack([F.linear(x, w, bias) for w in weights])
     return outputs[persona.expand(len(x)).long() + 1, torch.arange(len(x))]
