@@ -1,11 +1,13 @@
 """Options of the commands that look at a finished run. The docstring under a field is its help text."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig
+from pipeline.data.catalogue import DICHOTOMIES
 from pipeline.errors import UserError
 
 ROLEPLAY_CONDITIONS = ("prompt", "rag", "mask", "prompt+mask", "random")
@@ -185,3 +187,61 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         self.run = Path(self.run)
+
+
+@dataclass
+class StudyConfig:
+    """What to calibrate and evaluate again and again, and where to keep it."""
+
+    output: Path
+    """Folder of the study: a run and its evaluation for every cell. Cells that are there are not made again, so a
+    study that was stopped goes on, and one with more sets or seeds adds to what there is."""
+    sets: str = "dichotomies"
+    """Pairs of personas, each in cells of its own, comma-separated: what --personas of pipeline.calibrate takes, and
+    behind an @ the held-out items where no set is shipped: wealth/averse=train.csv@test.csv."""
+    seeds: str = "0"
+    """Seeds of the calibration, comma-separated: a seed draws the items and the directions that are looked at."""
+    vary: str = ""
+    """Options of pipeline.calibrate and their values, every combination a column of cells:
+    "samples=16|32|64|128" or "criterion=first-order|wanda; sparsity=0.01|0.02"."""
+    calibrate: str = ""
+    """Further options of every calibration, as on the command line of pipeline.calibrate."""
+    evaluate: str = "--no-options"
+    """Options of every evaluation, as on the command line of pipeline.evaluate."""
+    keep_masks: bool = True
+    """Keep the masks of every cell, not only what was measured."""
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.output)
+        self.grid()
+
+    @property
+    def numbers(self) -> list[int]:
+        """The seeds."""
+        try:
+            return [int(part) for part in self.seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds {self.seeds!r}: expected whole numbers with commas between them") from None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What to calibrate on and what to evaluate on ("": the shipped test split), set by set."""
+        found: list[tuple[str, str]] = []
+        for part in filter(None, (p.strip() for p in self.sets.split(","))):
+            source, _, held_out = part.partition("@")
+            found += [(name, "") for name in DICHOTOMIES] if part == "dichotomies" else [(source, held_out)]
+        if not found:
+            raise UserError("--sets names no personas")
+        return found
+
+    def grid(self) -> list[dict[str, str]]:
+        """Every combination of the varied options' values; one without any if nothing is varied."""
+        names, values = [], []
+        for part in filter(None, (p.strip() for p in self.vary.split(";"))):
+            name, equals, rest = part.partition("=")
+            given = [value.strip() for value in rest.split("|")]
+            if not (equals and name.strip() and all(given)):
+                raise UserError(f"--vary {part!r}: expected OPTION=VALUE|VALUE")
+            names.append(name.strip().removeprefix("--"))
+            values.append(given)
+        return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]

@@ -1,0 +1,74 @@
+"""``python -m pipeline.study FOLDER``: calibrate and evaluate many sets, seeds and options; tables and curves."""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import note, parse, quiet_libraries, run
+from pipeline.errors import UserError
+from pipeline.options import StudyConfig
+
+DESCRIPTION = (
+    "Calibrate and evaluate every set of personas with every seed and every value of the options that are varied; then "
+    "print what every mask does, the means over sets with their spread over seeds for every condition, and draw them. "
+    "A study that was stopped goes on with the same command; what is there is not measured again."
+)
+SCHEMA, SCHEMA_VERSION = "persona-subnetworks/study", 1
+NAME = "study.json"
+
+
+def study(config: StudyConfig) -> list[Any]:
+    """Make what is missing of the cells, then the tables, the plots and ``study.json``. Returns the rows."""
+    from pipeline.cells import cells_of, make
+    from pipeline.curves import curves_plot
+    from pipeline.figures import separation_plot
+    from pipeline.gathered import read_evaluation
+    from pipeline.results import finite, write_results, writing
+    from pipeline.tally import means_of, points_of, rows_of
+    from pipeline.tally_tables import print_study
+
+    options = {"calibrate": config.calibrate, "evaluate": config.evaluate}
+    _same_options(config.output / NAME, options)
+    cells = cells_of(config)
+    content: dict[str, Any] = {"schema": SCHEMA, "version": SCHEMA_VERSION, "options": options}
+    write_results(config.output / NAME, content)
+    for number, cell in enumerate(cells, 1):
+        note(f"cell {number} of {len(cells)}")
+        make(cell, shlex.split(config.calibrate), shlex.split(config.evaluate), keep_masks=config.keep_masks)
+    evaluations = [(cell, read_evaluation(cell.evaluation)) for cell in cells]
+    rows = [row for cell, evaluation in evaluations for row in rows_of(cell, evaluation)]
+    means = means_of(rows)
+    print_study(rows, means)
+    first = evaluations[0][1].content
+    content |= {"model": first["model"], "date": first["date"], "versions": first.get("versions", {})}
+    content["rows"] = [finite(dataclasses.asdict(row)) for row in rows]
+    content["means"] = [finite(dataclasses.asdict(mean)) for mean in means]
+    write_results(config.output / NAME, content)
+    with writing(config.output):
+        separation_plot(points_of(means), config.output / "separation.png")
+        if curves_plot(rows, config.output / "curves.png"):
+            note(f"plot: {config.output / 'curves.png'}")
+    note(f"plot: {config.output / 'separation.png'}; everything: {config.output / NAME}")
+    return rows
+
+
+def _same_options(path: Path, options: dict[str, str]) -> None:
+    """Raise UserError if the cells that are there were made with other options."""
+    from pipeline.results import read_results
+    from pipeline.terminal import described
+
+    before = read_results(path, SCHEMA).get("options") if path.exists() else options
+    if before != options:
+        raise UserError(f"{path.parent}: its cells were made with {described(before)}; take another folder")
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse(StudyConfig, DESCRIPTION, argv)
+    quiet_libraries()
+    return run(lambda: study(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Many cells in one command: made once, gone on with, tallied, drawn."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from pipeline import study
+from pipeline.cells import Cell, cells_of
+from pipeline.curves import curves_plot
+from pipeline.errors import UserError
+from pipeline.gathered import read_evaluation
+from pipeline.options import StudyConfig
+from pipeline.tally import means_of, number_of, points_of, rows_of
+
+
+@pytest.fixture(scope="module")
+def made(ground, tmp_path_factory):
+    """A study of two seeds and two sparsities on the tiny Llama, through the command line."""
+    folder = tmp_path_factory.mktemp("study") / "made"
+    test = ground.folder / "held-out.csv"
+    test.write_text(
+        "question,matching,not_matching\n" + "".join(f"What on night {i}?,I jump {i},Lazy {i}\n" for i in range(6)),
+        encoding="utf-8",
+    )
+    command = [
+        str(folder),
+        f"--sets=up/down={ground.pairs}@{test}",
+        "--seeds=0,1",
+        "--vary=sparsity=0.1|0.4",
+        f"--calibrate=--model {ground.llama} --criterion first-order-pool --pool 1",
+        "--evaluate=--texts 2 --generate 2 --bootstrap 50 --conditions mask,random --draws 2",
+    ]
+    assert study.main(command) == 0
+    return folder, command
+
+
+def test_every_cell_once(made):
+    folder, _ = made
+    content = json.loads((folder / "study.json").read_text())
+    assert {(row["seed"], row["label"]) for row in content["rows"]} == {
+        (seed, f"sparsity={share}") for seed in (0, 1) for share in ("0.1", "0.4")
+    }
+    assert {row["condition"] for row in content["rows"]} == {"own mask", "random mask", "random mask 2"}
+    assert len(list((folder / "cells").iterdir())) == 4
+    for share, limit in (("0.1", 0.1), ("0.4", 0.4)):
+        own = [r for r in content["rows"] if r["condition"] == "own mask" and r["label"] == f"sparsity={share}"]
+        assert all(0 < removed <= limit + 0.03 for row in own for removed in row["removed"])
+    assert (folder / "separation.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_the_evaluations(made):
+    folder, _ = made
+    path = folder / "cells" / "up-down,seed=1,sparsity=0.4"
+    evaluation = read_evaluation(path / "evaluation.json")
+    cell = Cell("up-down", "", "", 1, (("sparsity", "0.4"),), path)
+    (row,) = (row for row in rows_of(cell, evaluation) if row.condition == "own mask")
+    records = {(r.condition, r.persona): r for r in evaluation.records if r.form == "free"}
+    assert row.cost[1] == records["own mask", "down"].perplexity / records["unmasked", "down"].perplexity - 1
+    assert row.own[0] == records["own mask", "up"].own_answer - records["unmasked", "up"].own_answer
+    scores = records["own mask", "up"].score_normalised + records["own mask", "down"].score_normalised
+    assert row.separation == pytest.approx(100 * scores - 100)
+    assert row.repeats is not None
+    assert row.yes == (None, None)
+    assert row.mass is None
+
+
+def test_goes_on_without_doing_anything_again(made, capsys):
+    folder, command = made
+    lost = folder / "cells" / "up-down,seed=0,sparsity=0.1"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/run/manifest.json")}
+    answer = (lost / "evaluation.json").read_text()
+    (lost / "evaluation.json").unlink()
+    assert study.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/run/manifest.json")} == before
+    again = json.loads((lost / "evaluation.json").read_text())
+    assert again["records"] == json.loads(answer)["records"]
+    assert "means over sets and seeds" in capsys.readouterr().out
+
+
+def test_other_options_are_refused(made, capsys):
+    _, command = made
+    assert study.main([*command[:-2], "--calibrate=--criterion wanda", command[-1]]) == 2
+    assert "take another folder" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_names_itself(ground, tmp_path, capfd):
+    command = [str(tmp_path / "out"), f"--sets=up/down={ground.pairs}", "--calibrate=--criterion nonsense"]
+    assert study.main(command) == 2
+    said = capfd.readouterr().err
+    assert "unknown 'nonsense'" in said
+    assert "up-down,seed=0: pipeline.calibrate ended with code 2" in said
+
+
+def test_the_grid():
+    config = StudyConfig(
+        "out", sets="dichotomies,a/b=x.csv@y.csv", seeds="3,4", vary="criterion=wanda|sparse;samples=8"
+    )
+    cells = cells_of(config)
+    assert len(cells) == 2 * 2 * 5
+    assert cells[0].label == "criterion=wanda, samples=8"
+    assert (cells[4].name, cells[4].sources, cells[4].held_out, cells[4].seed) == ("a-b", "a/b=x.csv", "y.csv", 3)
+    assert len({cell.folder for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": "1,x"}, "--seeds"),
+        ({"sets": " , "}, "--sets"),
+        ({"vary": "sparsity"}, "--vary 'sparsity'"),
+        ({"vary": "sparsity=1||2"}, "--vary"),
+        ({"sets": "a/b=one.csv,a/b=two.csv"}, "a-b is named twice"),
+    ],
+)
+def test_what_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        cells_of(StudyConfig("out", **options))
+
+
+def test_means_and_numbers(made):
+    folder, _ = made
+    cells = cells_of(StudyConfig(folder, sets="up/down=x.csv", seeds="0,1", vary="sparsity=0.1|0.4"))
+    rows = [row for cell in cells for row in rows_of(cell, read_evaluation(cell.evaluation))]
+    means = means_of(rows)
+    assert [(m.label, m.condition, m.cells) for m in means] == [
+        (f"sparsity={share}", condition, count)
+        for share in ("0.1", "0.4")
+        for condition, count in (("own mask", 2), ("random mask", 4))
+    ]
+    assert means[0].separation == pytest.approx(sum(means[0].seeds) / 2)
+    assert [p.ratio for p in points_of(means)] == [1 + m.cost for m in means]
+    assert number_of("sparsity=0.4") == 0.4
+    assert math.isnan(number_of("criterion=wanda"))
+    assert math.isnan(number_of(""))
+    same = [dataclasses.replace(row, label="") for row in rows]
+    assert not curves_plot(same, folder / "none.png")
+    assert not (folder / "none.png").exists()
