@@ -46,12 +46,13 @@ def fit(
     config: CalibrateConfig,
     gradients: Any,
     increase: Callable[[PersonaMasks], float],
+    base: PersonaMasks | None = None,
 ) -> Fitted:
-    """One persona's masks within the budget; ``increase`` is ``rise``.
+    """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``.
 
     Where nothing is, UserError is raised if the user named the budget; the default one takes the least and says so.
     """
-    build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona)
+    build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
     one = largest_within(lambda factor: build(factor=factor), increase, config.budget, strict=named)
     note(f"{persona}: {one.factor} of the sparsity, perplexity {one.increase:+.1%}")

@@ -16,6 +16,7 @@ from pipeline.gradients import Gradients
 from pipeline.masks import PersonaMasks
 from pipeline.pooling import Pooled, compared
 from pipeline.sites import maskable, matrix
+from pipeline.stacking import stacked
 from pipeline.stats import ActivationStats, ChannelStats
 
 
@@ -29,10 +30,11 @@ def build_masks(
     only: str | None = None,
     layers: Collection[str] = (),
     factor: Decimal = Decimal(1),
+    base: PersonaMasks | None = None,
 ) -> PersonaMasks:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
-    Of all layers, or of some. ``factor`` scales ``--sparsity``.
+    Of all layers, or of some. ``factor`` scales ``--sparsity``; ``base`` has pruned ``model``, and stays removed.
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -74,11 +76,20 @@ def build_masks(
                 config.shift,
             )
             bits[persona][name] = criterion(layer)
-    return PersonaMasks(shapes, bits)
+    return stacked(PersonaMasks(shapes, bits), _part(base, layers))
 
 
-def shapes_of(model: Any, stats: ActivationStats, config: CalibrateConfig) -> dict[str, tuple[int, int]]:
-    """Every layer that gets masks, with its ``[N, K]``."""
+def _part(base: PersonaMasks | None, layers: Collection[str]) -> PersonaMasks | None:
+    """``base`` over some layers, or all."""
+    if base is None or not layers:
+        return base
+    return PersonaMasks({name: shape for name, shape in base.shapes.items() if name in layers}, base.bits)
+
+
+def shapes_of(
+    model: Any, stats: ActivationStats, config: CalibrateConfig, base: PersonaMasks | None = None
+) -> dict[str, tuple[int, int]]:
+    """Every layer that gets masks, with its ``[N, K]``; those that ``base`` masks have them already."""
     measured = {linear for site in stats.sites for linear in site.linears}
     found = {
         name: (matrix(module).shape[0], matrix(module).shape[1])
@@ -87,7 +98,7 @@ def shapes_of(model: Any, stats: ActivationStats, config: CalibrateConfig) -> di
     }
     if not found:
         raise UserError("the statistics are of another model: no layer of this one is in them")
-    return found
+    return {**base.shapes, **found} if base else found
 
 
 def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device) -> Slopes:

@@ -247,6 +247,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     from pipeline.loading import load_model
     from pipeline.shares import BuildModule, gather
     from pipeline.sites import find_layers
+    from pipeline.stacking import base_masks
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_masks
 
@@ -256,7 +257,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
         return
     check_files(staging)
     stats, model = load_statistics(staging / STATISTICS), load_model(config.model)
-    masks, fitted = gather(staging, shapes_of(model, stats, config), stats, catalogue, config)
+    masks, fitted = gather(staging, shapes_of(model, stats, config, base_masks(config.on)), stats, catalogue, config)
     layers = find_layers(model)
     fingerprints = model_fingerprints({name: layers[name] for name in masks.shapes})
     removed = {persona: 1 - masks.density(persona) for persona in masks.personas}

@@ -24,6 +24,7 @@ from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.ranks import Ranks
 from pipeline.signals import told, unbroken
 from pipeline.sites import Site, check_causal, find_sites, measurable
+from pipeline.stacking import base_masks, pruned
 from pipeline.state import check_files
 from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
@@ -56,7 +57,8 @@ class Stage(lightning.LightningModule):
 
     def load(self) -> None:
         """Load the model as the options say."""
-        self.model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
+        model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
+        self.model = pruned(model, base_masks(self.config.on))
 
 
 class StatisticsModule(Stage):

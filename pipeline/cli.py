@@ -46,10 +46,11 @@ def _normalised(argv: list[str], switches: set[str]) -> list[str]:
     """Make ``--max-length`` ``--max_length``, ``--strict`` ``--strict=true``, ``--no-strict`` false."""
     result = []
     for position, word in enumerate(argv):
-        if not word.startswith("--"):
+        name, equals, value = word[2:].partition("=")
+        # A word with a space in it is another program's options (pipeline.study), a value and no name.
+        if not word.startswith("--") or " " in name:
             result.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         following = argv[position + 1] if position + 1 < len(argv) else ""
         if name in switches and not equals and following not in ("true", "false"):

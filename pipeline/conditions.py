@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+
+from kernels.ops.pack_bits import pack_bits
 from pipeline.baselines.finetuning import fine_tune
 from pipeline.baselines.retrieval import Examples
 from pipeline.baselines.steering import contrast, decoder_blocks, parse_layers
@@ -13,7 +16,9 @@ from pipeline.data.catalogue import PersonaSet, persona_prompt
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
 from pipeline.loading import load_model
+from pipeline.masks import PersonaMasks
 from pipeline.setting import Ground, Setting, poles
+from pipeline.stacking import base_masks
 
 
 def check(ground: Ground, pairs: Sequence[PersonaSet]) -> None:
@@ -103,6 +108,21 @@ def _neutral(ground: Ground, pair: PersonaSet) -> list[Setting]:
         return []
 
 
+def _base(ground: Ground, pair: PersonaSet) -> list[Setting]:
+    """The mask that the run's masks stand on, one for both poles; none where they stand on the whole model."""
+    base = base_masks(ground.model.masks.manifest["options"].get("on", ""))
+    if base is None:
+        note("no base mask: the run's masks stand on the whole model (pipeline.calibrate --on)")
+        return []
+    (persona,) = base.personas
+    name = f"base-{len(ground.model.personas)}"
+    shapes = ground.model.masks.shapes
+    # Layers that it leaves whole are masked by the run alone.
+    whole = {layer: pack_bits(torch.ones(shape, dtype=torch.bool)) for layer, shape in shapes.items()}
+    ground.model.add(PersonaMasks(shapes, {name: {**whole, **base.bits[persona]}}, base.manifest))
+    return [Setting("base mask", "", mask=name)]
+
+
 def _others(ground: Ground, pair: PersonaSet) -> list[Setting]:
     """The masks of the run's other personas; of two opposing ones, the first is held against the second."""
     manifest = ground.model.masks.manifest
@@ -139,6 +159,7 @@ _MAKERS: dict[str, Callable[[Ground, PersonaSet], list[Setting]]] = {
     "mask": _mask,
     "prompt+mask": _prompt_and_mask,
     "neutral": _neutral,
+    "base": _base,
     "random": _random,
     "others": _others,
 }

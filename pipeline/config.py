@@ -29,7 +29,7 @@ SIGNED = ("target-shift", *FIRST_ORDER)
 """Criteria of ours: a sign says what may go, so a row may lose fewer weights than asked."""
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *SIGNED)
 ACTIVATIONS = ("softplus", "relu")
-CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "random", "others")
+CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "base", "random", "others")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
@@ -167,6 +167,9 @@ class CalibrateConfig:
     --activation, --temperature, --pool, --evidence): then only the masks are built anew."""
     checkpoint_every: float = 30.0
     """Seconds between two checkpoints of the statistics (or longer, so that they take at most 5 % of the time)."""
+    on: str = ""
+    """Calibrate the model as a mask of an earlier run leaves it, RUN:PERSONA (RUN alone, if it has one mask). What
+    that mask removes stays removed, the new masks come on top: a persona for a model that is pruned already."""
     strict: bool = False
     """Make rows that cannot be used an error instead of a report."""
     seed: int = 0
@@ -215,6 +218,8 @@ class CalibrateConfig:
             )
         if self.budget:
             raise UserError("--stream cannot measure perplexity, so it excludes --max-perplexity-increase")
+        if self.on:
+            raise UserError("--stream reads the model's own weights, so it excludes --on")
         if self.statistics:
             raise UserError("--stream measures anew; with --statistics the model is loaded as a whole")
         if str(self.devices).strip() != "1" or self.num_nodes != 1 or self.strategy != "auto":
@@ -268,8 +273,8 @@ class EvaluateConfig:
     """What to compare with the unmasked model, comma-separated: prompt (a persona prompt), rag (the nearest
     calibration items as earlier turns of the chat), steering (a steering vector from the calibration items, as strong
     as the mask), lora (fine-tuned on the calibration answers, needs peft), mask (own and opponent's), prompt+mask (both
-    at once), neutral (a mask made the same way from neutral text), random (random masks), others (the masks of the
-    run's other personas)."""
+    at once), neutral (a mask made the same way from neutral text), base (the mask that --on named, alone), random
+    (random masks), others (the masks of the run's other personas)."""
     shots: int = 3
     """rag: how many calibration items stand before a question."""
     steering_layers: str = ""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pipeline.config import FIRST_ORDER
 from pipeline.criteria import least_important, pooled_rms
+from pipeline.masks import PersonaMasks
+from pipeline.stacking import base_masks
 from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, load_statistics
 
@@ -17,21 +19,21 @@ def add_random(model: Any, run: Path, pair: Any, draws: int, seed: int) -> list[
 
     Each removes as many weights of every row as the pole's mask. Against a first-order criterion they come from
     the pool that it chose from, the row's least important weights: any others would cost far more perplexity and
-    make every criterion look good.
+    make every criterion look good. What the mask below (``--on``) removes, they all remove.
     """
-    chosen = []
+    chosen, base = [], base_masks(model.masks.manifest["options"].get("on", ""))
     for _ in range(draws):
         names = {}
         for pole, other in ((pair.plus, pair.minus), (pair.minus, pair.plus)):
             number = len(model.masks.personas)
             names[pole] = f"random-{number}-{pole}"
-            pool = _pool(model, run, pole, other)
-            model.add(model.masks.random_like(pole, 1000 * seed + number, names[pole], pool))
+            pool = _pool(model, run, pole, other, base)
+            model.add(model.masks.random_like(pole, 1000 * seed + number, names[pole], pool, base))
         chosen.append(names)
     return chosen
 
 
-def _pool(model: Any, run: Path, pole: str, other: str) -> Callable[[str], Tensor] | None:
+def _pool(model: Any, run: Path, pole: str, other: str, base: PersonaMasks | None) -> Callable[[str], Tensor] | None:
     manifest = model.masks.manifest
     share = float(manifest["options"]["pool"])
     if manifest["criterion"] not in FIRST_ORDER or manifest["criterion"] == "first-order-gate" or share == 1:
@@ -42,6 +44,8 @@ def _pool(model: Any, run: Path, pole: str, other: str) -> Callable[[str], Tenso
     def pool(layer: str) -> Tensor:
         own, opponent = (stats.channels(persona, site[layer]) for persona in (pole, other))
         weight = model.weight(layer).detach().cpu()
+        if base:
+            weight = weight * base.mask(base.personas[0], layer)
         return least_important(weight, pooled_rms(own, opponent), share)
 
     return pool

@@ -254,10 +254,14 @@ def pooled_rms(own: ChannelStats, other: ChannelStats) -> Tensor:
 
 
 def least_important(weight: Tensor, rms: Tensor, share: float) -> Tensor:
-    """The share of every row with the smallest ``|W| rms``, bool ``[N, K]``: what may go at little damage."""
-    columns = weight.shape[1]
-    chosen = mask_select_scores(-(weight.float().abs() * rms), int(Decimal(str(share)) * columns))
-    return unpack_bits(chosen, columns)
+    """The share of every row with the smallest ``|W| rms``, bool ``[N, K]``: what may go at little damage.
+
+    Of the weights that there are: zeros (of a pruned model, ``--on``) are left out of it, and of what it is a share of.
+    """
+    columns, there = weight.shape[1], weight != 0
+    importance = (weight.float().abs() * rms).masked_fill_(~there, torch.inf)
+    count = int(Decimal(str(share)) * int(there.sum()) / max(len(weight), 1))
+    return unpack_bits(mask_select_scores(-importance, count), columns) & there
 
 
 CRITERIA: dict[str, Callable[[Layer], Tensor]] = {

@@ -21,6 +21,7 @@ CONDITIONS = (
     "prompt and mask",
     "opponent mask",
     "neutral mask",
+    "base mask",
     "random mask",
     "other mask",
 )

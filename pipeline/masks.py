@@ -96,22 +96,28 @@ class PersonaMasks:
         return self._new(name, mixed)
 
     def random_like(
-        self, persona: str, seed: int, name: str, pool: Callable[[str], Tensor] | None = None
+        self,
+        persona: str,
+        seed: int,
+        name: str,
+        pool: Callable[[str], Tensor] | None = None,
+        base: "PersonaMasks | None" = None,
     ) -> "PersonaMasks":
         """A random mask that keeps as many weights in every row as ``persona`` does: the control.
 
-        ``pool(layer)`` (bool ``[N, K]``) says which weights may go, all by default. Raises ValueError where a row
-        of it holds fewer than the persona removes.
+        ``pool(layer)`` (bool ``[N, K]``) says which weights may go, all by default; what ``base`` (of one persona)
+        removes goes anyway. Raises ValueError where a row of the pool holds fewer than the persona removes.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
         for layer in self.shapes:
             mask = self.mask(persona, layer)
-            candidates = torch.ones_like(mask) if pool is None else pool(layer).to(mask.device)
-            removed = (~mask).sum(1)
+            below = base.mask(base.personas[0], layer) if base and layer in base.shapes else torch.ones_like(mask)
+            removed = (below & ~mask).sum(1)
+            candidates = below if pool is None or not removed.any() else pool(layer).to(mask.device) & below
             if (removed > candidates.sum(1)).any():
                 raise ValueError(f"layer {layer}: {persona!r} removes more weights of a row than its pool holds")
-            drawn[layer] = pack_bits(~_random_subset(candidates, removed, generator))
+            drawn[layer] = pack_bits(below & ~_random_subset(candidates, removed, generator))
         return self._new(name, drawn)
 
     def __or__(self, other: "PersonaMasks") -> "PersonaMasks":

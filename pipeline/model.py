@@ -42,7 +42,7 @@ class PersonaModel:
         self.selector = PersonaSelector()
         self._choice: str | list[str | None] | None = None
         modules: dict[str, Any] = dict(model.named_modules()) | find_experts(model)
-        _check_layers(modules, masks, verify)
+        check_layers(modules, masks, verify)
         self._places = {name: _place(name, modules[name]) for name in masks.shapes}
         self._originals: dict[str, Any] = {place.module: modules[place.module] for place in self._places.values()}
         self._layers: dict[str, MaskedLinear | MaskedExperts] = {}
@@ -190,7 +190,7 @@ def _place(name: str, layer: Any) -> _Place:
     return _Place(parameter_of(parameter_of(name)), layer.parameter, layer.expert)
 
 
-def _check_layers(modules: dict[str, Any], masks: PersonaMasks, verify: bool) -> None:
+def check_layers(modules: dict[str, Any], masks: PersonaMasks, verify: bool) -> None:
     """Raise UserError naming the layers that are missing, of another shape, or hold other weights."""
     expected = masks.manifest.get("model", {}).get("fingerprint", {}) if verify else {}
     differing = []

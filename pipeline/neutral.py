@@ -41,6 +41,8 @@ class NeutralMasks:
         Raises UserError with the reason where the run's recipe has none.
         """
         criterion = self.manifest["criterion"]
+        if on := self.manifest["options"].get("on"):
+            raise UserError(f"the run's masks stand on {on}; --conditions base measures that mask alone")
         if NEUTRAL in self.model.personas:
             return NEUTRAL
         if criterion not in (*FIRST_ORDER, "wanda", "sparse"):

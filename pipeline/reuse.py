@@ -11,7 +11,7 @@ from pipeline.fingerprint import data_hash, model_fingerprints
 from pipeline.sites import find_layers
 from pipeline.store import STATISTICS, check_file, load_manifest
 
-MEASURING = ("tokens", "max_length")
+MEASURING = ("tokens", "max_length", "on")
 """Options that change what is measured on an item."""
 
 
@@ -38,7 +38,8 @@ def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> No
         if hashes.get(personas.plus) != data_hash(items):
             differing.append(f"the items of {personas.plus} (with --samples and --seed)")
     for name in MEASURING:
-        if manifest["options"][name] != getattr(config, name):
-            differing.append(f"--{name.replace('_', '-')} ({manifest['options'][name]}, now {getattr(config, name)})")
+        before, now = manifest["options"].get(name, ""), getattr(config, name)
+        if before != now:
+            differing.append(f"--{name.replace('_', '-')} ({before}, now {now})")
     if differing:
         raise UserError(f"--statistics {folder}: measured on something else: {'; '.join(differing)}")

@@ -22,6 +22,7 @@ from pipeline.experts import parameter_of
 from pipeline.gradients import Gradients
 from pipeline.loading import load_model, load_tokenizer
 from pipeline.masks import PersonaMasks
+from pipeline.stacking import base_masks, pruned
 from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, load_statistics, write_tensors
 
@@ -42,7 +43,8 @@ class BuildModule(Stage):
         self.held: list[Any] = []
 
     def load(self) -> None:
-        self.held = [load_model(self.config.model)]
+        self.base = base_masks(self.config.on)
+        self.held = [pruned(load_model(self.config.model), self.base)]
 
     def on_predict_start(self) -> None:
         spread_threads(self.trainer, self.device, self.config.deterministic)
@@ -51,7 +53,7 @@ class BuildModule(Stage):
         (model,) = self.held
         self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
         self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
-        shapes = shapes_of(model, self.stats, self.config)
+        shapes = shapes_of(model, self.stats, self.config, self.base)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
         pieces = sorted(self.layers, key=lambda piece: -sum(_size(shapes[layer]) for layer in self.layers[piece]))
         missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
@@ -68,11 +70,11 @@ class BuildModule(Stage):
         (model,) = self.held
         run = model, self.stats, self.catalogue, self.config, self.gradients
         if self.config.budget:
-            one = fit(piece, *run, self.increase)
+            one = fit(piece, *run, self.increase, self.base)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
-            masks = build_masks(*run, layers=set(self.layers[piece]))
+            masks = build_masks(*run, layers=set(self.layers[piece]), base=self.base)
             tensors = {f"{persona}/{layer}": bits for persona, of in masks.bits.items() for layer, bits in of.items()}
             write_tensors(shard(self.folder, piece), tensors, {})
 

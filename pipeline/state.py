@@ -14,6 +14,7 @@ from pipeline.fingerprint import data_hash
 from pipeline.loading import resolve
 from pipeline.provenance import PLACE, versions
 from pipeline.reading import read_json
+from pipeline.stacking import base_files
 from pipeline.staging import STATE, staging_of
 from pipeline.store import MANIFEST, load_manifest, write_json
 
@@ -110,7 +111,7 @@ def _described(config: CalibrateConfig, catalogue: Catalogue) -> dict[str, Any]:
     drawn = {s.plus: draw(s.split("calibration"), config.samples, config.seed) for s in catalogue.sets}
     sources = [Path(s.source.partition(":")[2] or s.source).expanduser() for s in catalogue.sets]
     model = Path(resolve(config.model)).expanduser()
-    files = [file for file in dict.fromkeys(sources) if file.is_file()]
+    files = [file for file in dict.fromkeys([*sources, *base_files(config.on)]) if file.is_file()]
     files += sorted(file for file in model.iterdir() if file.is_file()) if model.is_dir() else []
     return {
         "options": options_of(config),

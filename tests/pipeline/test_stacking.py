@@ -1,0 +1,116 @@
+"""Masks on top of the mask of an earlier run: what they remove, what they were measured on, and their controls."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline import calibrate, evaluate
+from pipeline.controls import add_random
+from pipeline.data.catalogue import PersonaSet
+from pipeline.errors import UserError
+from pipeline.fingerprint import model_fingerprints
+from pipeline.loading import load_model
+from pipeline.model import PersonaModel
+from pipeline.sites import find_layers, matrix
+from pipeline.stacking import base_files, base_masks, pruned
+from pipeline.store import STATISTICS, load_masks, load_statistics
+
+PAIR = PersonaSet("up", "down", (), "test")
+
+
+@pytest.fixture(scope="module")
+def half(words, tmp_path_factory):
+    """A general mask at 50 %."""
+    folder = tmp_path_factory.mktemp("stacking") / "half"
+    assert calibrate.main(words(folder, "--criterion", "neutral", "--sparsity", "0.5", "--samples", "8")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(words, half):
+    """Persona masks on it, with the default criterion."""
+    folder = half.parent / "run"
+    options = ("--on", f"{half}:up", "--sparsity", "0.2", "--max-perplexity-increase", "5")
+    assert calibrate.main(words(folder, *options)) == 0
+    return folder
+
+
+def test_what_is_below_stays_removed(half, run):
+    below, above = load_masks(half), load_masks(run)
+    assert set(above.shapes) == set(below.shapes)
+    further = 0
+    for layer in below.shapes:
+        base = below.mask("up", layer)
+        assert base.float().mean() == 0.5
+        for persona in ("up", "down"):
+            mask = above.mask(persona, layer)
+            assert not (mask & ~base).any()
+            further += int((base & ~mask).sum())
+            assert ((base & ~mask).sum(1) <= int(0.2 * base.shape[1]) + 1).all()
+    assert further > 0
+    assert any(not torch.equal(above.bits["up"][layer], above.bits["down"][layer]) for layer in above.shapes)
+
+
+def test_measured_on_the_pruned_model(ground, half, run):
+    """The statistics of a deep layer are those of a model whose weights were multiplied by hand."""
+    model = load_model(str(ground.llama))
+    layers, masks = find_layers(model), load_masks(half)
+    fingerprints = model_fingerprints(layers)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            matrix(layer).copy_(matrix(layer) * masks.mask("up", name))
+    again = pruned(load_model(str(ground.llama)), base_masks(f"{half}:up"))
+    assert model_fingerprints(find_layers(again)) == fingerprints
+    for name, layer in find_layers(again).items():
+        assert torch.equal(matrix(layer), matrix(layers[name]))
+    whole, of_pruned = (load_statistics(folder / STATISTICS) for folder in (half, run))
+    last = whole.sites[-1].name
+    assert not torch.allclose(whole.channels("up", last).mean_square, of_pruned.channels("up", last).mean_square)
+    first = whole.sites[0].name
+    assert torch.equal(load_statistics(run / STATISTICS).sums[first], of_pruned.sums[first])
+
+
+def test_random_controls_stand_on_it_too(half, run):
+    model = PersonaModel.from_pretrained(run)
+    (names,) = add_random(model, run, PAIR, 1, seed=0)
+    below = load_masks(half)
+    for layer in model.masks.shapes:
+        own, drawn = model.masks.mask("up", layer), model.masks.mask(names["up"], layer)
+        assert torch.equal(own.sum(1), drawn.sum(1))
+        assert not (drawn & ~below.mask("up", layer)).any()
+
+
+def test_the_base_is_a_condition(ground, run, tmp_path, capfd):
+    test = tmp_path / "test.csv"
+    rows = "".join(f"What on night {i}?,I jump {i},Lazy {i}\n" for i in range(6))
+    test.write_text(f"question,matching,not_matching\n{rows}", encoding="utf-8")
+    options = ["--data", str(test), "--texts", "2", "--bootstrap", "20", "--json", str(tmp_path / "e.json")]
+    assert evaluate.main([str(run), *options, "--conditions", "base,mask,neutral"]) == 0
+    records = json.loads((tmp_path / "e.json").read_text())["records"]
+    by = {(r["condition"], r["persona"]): r for r in records if r["form"] == "free"}
+    assert by["base mask", "up"]["removed"] == pytest.approx(0.5)
+    assert by["own mask", "up"]["removed"] > 0.5
+    assert by["base mask", "up"]["criterion"] == ""
+    assert "no neutral mask: the run's masks stand on" in capfd.readouterr().err
+
+
+def test_which_mask(finished, half):
+    with pytest.raises(UserError, match="has masks of up, down; name one"):
+        base_masks(str(finished))
+    with pytest.raises(UserError, match="no mask of 'sideways'"):
+        base_masks(f"{finished}:sideways")
+    assert base_masks("") is None
+    assert base_masks(f"{finished}:down").personas == ("down",)
+    assert [path.name for path in base_files(f"{half}:up")] == ["manifest.json", "up.safetensors"]
+
+
+def test_another_model_is_refused(ground, half):
+    with pytest.raises(UserError, match="these masks were made for"):
+        pruned(load_model(str(ground.gpt2)), base_masks(f"{half}:up"))
+
+
+def test_statistics_of_the_whole_model_are_refused(words, half, finished, tmp_path, capsys):
+    options = ("--criterion", "wanda", "--on", f"{half}:up", "--statistics", finished)
+    assert calibrate.main(words(tmp_path / "out", *options)) == 2
+    assert "--on (, now" in capsys.readouterr().err
