@@ -96,10 +96,11 @@ class CalibrateConfig:
     sparsity: str = "0.03"
     """Share of every row that is removed, in [0, 1), with overrides by layer: 0.5 or 0.5,mlp=0.3,down_proj=0.2. The
     first-order criteria work at 0.01 to 0.05 and remove at most so many; the paper's are meant for 0.2 to 0.6."""
-    max_perplexity_increase: float | None = None
+    max_perplexity_increase: float | str | None = None
     """Remove, for each persona, as large a part of --sparsity as raises perplexity by at most this share, on text such
     as the unmasked model writes (exp of the divergence from it, on neutral answers) and on the persona's own answers; 0
-    removes all of it whatever the cost. Default 0.15 (15 %) for first-order, 0 for the other criteria."""
+    removes all of it whatever the cost. A number or a percentage: 0.05 or 5%. Default 15% for first-order, 0 for the
+    other criteria."""
     activation: str = "softplus"
     """contrastive-wanda: phi of eq. 8, softplus or relu (relu leaves ties, which wanda's score breaks)."""
     temperature: float = 2.0
@@ -186,6 +187,8 @@ class CalibrateConfig:
         _at_least("temperature", self.temperature, 1e-6)
         _at_least("evidence", self.evidence, 0)
         _at_least("shift", self.shift, 0)
+        if isinstance(self.max_perplexity_increase, str):
+            self.max_perplexity_increase = _fraction(self.max_perplexity_increase)
         _at_least("max_perplexity_increase", self.budget, 0)
         if not 0 <= self.skipped_blocks < 1:
             raise UserError(f"--skip-blocks must lie in [0, 1), got {self.skip_blocks}")
@@ -229,7 +232,7 @@ class CalibrateConfig:
     def budget(self) -> float:
         """The relative rise in perplexity that a mask may cost; 0 is no limit."""
         if self.max_perplexity_increase is not None:
-            return self.max_perplexity_increase
+            return float(self.max_perplexity_increase)
         return 0.15 if self.criterion == WHITENED else 0.0
 
     @property
@@ -412,6 +415,12 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(name: str, value: float, least: float) -> None:
     if not (value >= least and math.isfinite(value)):
         raise UserError(f"--{name.replace('_', '-')} must be a number of at least {least}, got {value}")
+
+
+def _fraction(text: str) -> float:
+    """0.05 for "0.05" or "5%"; NaN for anything else."""
+    number = text.strip().removesuffix("%")
+    return _number(number) / 100 if text.strip().endswith("%") else _number(number)
 
 
 def _number(text: str) -> float:

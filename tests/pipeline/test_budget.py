@@ -178,6 +178,10 @@ def test_the_budget_excludes_disjoint_masks():
 
 def test_first_order_has_a_budget_by_default():
     assert CalibrateConfig().budget == 0.15
+    assert CalibrateConfig(max_perplexity_increase="5%").max_perplexity_increase == pytest.approx(0.05)
+    assert CalibrateConfig(max_perplexity_increase=" 0.2").budget == 0.2
+    with pytest.raises(UserError, match="max-perplexity-increase must be a number"):
+        CalibrateConfig(max_perplexity_increase="lots")
     assert CalibrateConfig(max_perplexity_increase=0).budget == 0
     assert CalibrateConfig(criterion="wanda").budget == 0
     assert CalibrateConfig(criterion="wanda", disjoint=True, sparsity="0.5").budget == 0
