@@ -6,7 +6,7 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(persona_native, m) {
-  m.def("activation_stats(Tensor x, Tensor role, Tensor persona, Tensor(a!) sums) -> Tensor");
+  m.def("activation_stats(Tensor x, Tensor role, Tensor persona, Tensor(a!) sums, Tensor? spans) -> Tensor");
   m.def("mask_select(Tensor values, Tensor? channel, Tensor? tiebreak, int keep, Tensor(a!) bits) -> int");
   m.def("mask_select_nm(Tensor weight, Tensor channel, int n, int m, Tensor(a!) bits) -> int");
   m.def("mask_select_threshold(Tensor scores, float threshold, int ties, Tensor(a!) bits) -> int");

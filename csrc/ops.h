@@ -11,7 +11,8 @@ namespace persona {
 
 using torch::stable::Tensor;
 
-Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums);
+Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums,
+                            const std::optional<Tensor>& spans);
 
 int64_t mask_select_cpu(const Tensor& values, const std::optional<Tensor>& channel,
                         const std::optional<Tensor>& tiebreak, int64_t keep, Tensor& bits);
