@@ -35,6 +35,7 @@ void expand_rows_cpu(const Tensor& values, const Tensor& bits, const Tensor& off
 void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out);
 
 std::string build_info();
+bool has_cuda();
 std::string instruction_sets();
 std::string instruction_set();
 bool use_instruction_set(std::string name);

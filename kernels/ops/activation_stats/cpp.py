@@ -1,4 +1,4 @@
-"""Activation statistics in C++ (``csrc/activation_stats``)."""
+"""Activation statistics in C++, and in CUDA for tensors there (``csrc/activation_stats``)."""
 
 import torch
 from torch import Tensor
