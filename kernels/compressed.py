@@ -78,13 +78,13 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take values of another number than the layer's own: another mask keeps another number."""
         errors: list[str] = rest[-1]
-        held = {name: state_dict.get(prefix + name) for name in ("values", "bits", "offsets")}
-        if all(isinstance(tensor, Tensor) for tensor in held.values()):
-            problem = _inconsistency(held["values"], held["bits"], held["offsets"], self)
+        values, bits, offsets = (state_dict.get(prefix + name) for name in ("values", "bits", "offsets"))
+        if isinstance(values, Tensor) and isinstance(bits, Tensor) and isinstance(offsets, Tensor):
+            problem = _inconsistency(values, bits, offsets, self)
             if problem:
                 errors.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {problem}")
                 return
-            self.values = self.values.new_empty(held["values"].shape)
+            self.values = self.values.new_empty(values.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
