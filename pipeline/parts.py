@@ -10,6 +10,7 @@ import torch
 
 from pipeline import tensorfile
 from pipeline.data.catalogue import check_name
+from pipeline.encoding import encode, stored_as
 from pipeline.masks import PersonaMasks
 from pipeline.store import mask_entry, mask_metadata, save_manifest
 
@@ -29,8 +30,9 @@ class MaskParts:
         (self.folder / PARTS).mkdir(exist_ok=True)
         for persona in masks.personas:
             with open(self._path(persona), "ab") as file:
-                for layer in masks.shapes:
-                    file.write(masks.bits[persona][layer].cpu().contiguous().numpy().data)
+                for layer, (_, columns) in masks.shapes.items():
+                    stored = encode(masks.bits[persona][layer], columns)
+                    file.write(stored.contiguous().view(torch.uint8).numpy().data)
             self.kept.setdefault(persona, {}).update(masks.kept(persona))
         self.shapes.update(masks.shapes)
 
@@ -44,24 +46,26 @@ class MaskParts:
         for persona, density in self._densities().items():
             name = f"masks/{check_name(persona)}.safetensors"
             (self.folder / name).parent.mkdir(exist_ok=True)
-            self._join(self._path(persona), self.folder / name, mask_metadata(persona))
+            self._join(persona, self.folder / name)
             kept = {layer: self.kept[persona][layer] for layer in order}
             files[persona] = mask_entry(self.folder, name, density, kept)
         (self.folder / PARTS).rmdir()
         save_manifest(self.folder, manifest, {layer: self.shapes[layer] for layer in order}, files)
 
-    def _join(self, part: Path, target: Path, metadata: dict[str, str]) -> None:
-        """A safetensors file of the tensors that ``part`` holds one after another."""
-        packed = {layer: (rows, (columns + 7) // 8) for layer, (rows, columns) in self.shapes.items()}
-        starts = dict(zip(packed, accumulate(map(math.prod, packed.values()), initial=0), strict=False))
-        order = tensorfile.in_order(dict.fromkeys(packed, torch.uint8))
+    def _join(self, persona: str, target: Path) -> None:
+        """A safetensors file of the tensors that the persona's part holds one after another."""
+        part, kept = self._path(persona), self.kept[persona]
+        stored = {layer: stored_as(*shape, math.prod(shape) - kept[layer]) for layer, shape in self.shapes.items()}
+        sizes = {layer: math.prod(shape) * dtype.itemsize for layer, (dtype, shape) in stored.items()}
+        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+        order = tensorfile.in_order({layer: dtype for layer, (dtype, _) in stored.items()})
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             with open(part, "rb") as source, open(temporary, "wb") as file:
-                file.write(tensorfile.header({layer: (torch.uint8, packed[layer]) for layer in order}, metadata))
+                file.write(tensorfile.header({layer: stored[layer] for layer in order}, mask_metadata(persona)))
                 for layer in order:
                     source.seek(starts[layer])
-                    _copy(source, file, math.prod(packed[layer]))
+                    _copy(source, file, sizes[layer])
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)

@@ -19,6 +19,7 @@ from kernels.ops.activation_stats import FIELDS
 from pipeline import tensorfile
 from pipeline.data.catalogue import check_name
 from pipeline.data.forms import NEUTRAL
+from pipeline.encoding import bytes_of, check_stored, decode, encode, least_bytes
 from pipeline.errors import UserError
 from pipeline.masks import PersonaMasks
 from pipeline.reading import parse_json, read_json
@@ -27,7 +28,9 @@ from pipeline.stats import ActivationStats
 from pipeline.terminal import described, printable, shortened
 
 FORMAT = "persona-subnetworks/masks"
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
+"""Versions that are read; 1 has no lists (``pipeline.encoding``)."""
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 MOST_COLUMNS = 1 << 31
@@ -125,7 +128,8 @@ def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> N
     files = {}
     for persona in masks.personas:
         name = f"masks/{check_name(persona)}.safetensors"
-        write_tensors(folder / name, masks.bits[persona], mask_metadata(persona))
+        stored = {layer: encode(bits, masks.shapes[layer][1]) for layer, bits in masks.bits[persona].items()}
+        write_tensors(folder / name, stored, mask_metadata(persona))
         files[persona] = mask_entry(folder, name, masks.density(persona), masks.kept(persona))
     save_manifest(folder, manifest, masks.shapes, files)
 
@@ -163,8 +167,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {described(manifest['format'])}")
-        if manifest["version"] != VERSION:
-            raise ValueError(f"version {described(manifest['version'])}; this program reads version {VERSION}")
+        if type(manifest["version"]) is not int or manifest["version"] not in READ:
+            raise ValueError(f"version {described(manifest['version'])}; this program reads versions 1 and 2")
         for shape in manifest["layers"].values():
             if len(shape) != 2 or not all(type(size) is int and 0 < size < MOST_COLUMNS for size in shape):
                 raise ValueError(f"layer shape {described(shape)}")
@@ -216,30 +220,39 @@ def load_masks(folder: Path) -> PersonaMasks:
     """Read and verify all masks of a run. Raises UserError for truncated, altered or foreign files."""
     manifest = load_manifest(folder)
     shapes = {name: (shape[0], shape[1]) for name, shape in manifest["layers"].items()}
+    _check_memory(folder, len(manifest["masks"]) * sum(rows * bytes_of(columns) for rows, columns in shapes.values()))
     bits = {
-        persona: _load_persona(folder / entry["file"], entry, shapes) for persona, entry in manifest["masks"].items()
+        persona: _load_persona(folder / entry["file"], entry, shapes, manifest["version"] > 1)
+        for persona, entry in manifest["masks"].items()
     }
     return PersonaMasks(shapes, bits, manifest)
 
 
-def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _check_memory(folder: Path, needed: int) -> None:
+    """Raise UserError for masks that this machine cannot hold: lists in small files may stand for any size."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(f"{folder}: the masks take {needed} bytes, this machine has {there} bytes of memory")
+
+
+def _load_persona(
+    path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]], lists: bool
+) -> dict[str, Tensor]:
+    """Packed bits by layer; ``lists``: some layers may be stored as lists."""
     size = check_file(path, entry)
-    expected = sum(rows * bytes_of(columns) for rows, columns in shapes.values())
+    expected = sum(least_bytes(*shape) if lists else shape[0] * bytes_of(shape[1]) for shape in shapes.values())
     if size < expected:
         raise UserError(f"{path}: {size} bytes cannot hold {expected} bytes of masks")
     try:
         with safe_open(str(path), "pt") as file:
             if set(file.keys()) != set(shapes):
                 raise ValueError(f"layers differ from the manifest's: {sorted(set(file.keys()) ^ set(shapes))[:3]}")
-            for name, (rows, columns) in shapes.items():
-                _check_tensor(file, name, "U8", [rows, bytes_of(columns)], "mask of")
-            bits = {name: file.get_tensor(name) for name in shapes}
+            for name, shape in shapes.items():
+                found = file.get_slice(name)
+                check_stored(name, found.get_dtype(), found.get_shape(), shape, lists)
+            return {name: decode(name, file.get_tensor(name), shape) for name, shape in shapes.items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    for name, (_, columns) in shapes.items():
-        if columns % 8 and bool((bits[name][:, -1] >> columns % 8).any()):
-            raise UserError(f"{path}: the mask of {name} has bits behind its last column")
-    return bits
 
 
 def check_file(path: Path, entry: dict[str, Any]) -> int:
@@ -257,16 +270,11 @@ def check_file(path: Path, entry: dict[str, Any]) -> int:
     return size
 
 
-def bytes_of(columns: int) -> int:
-    """Bytes of a packed row."""
-    return (columns + 7) // 8
-
-
-def _check_tensor(file: Any, name: str, dtype: str, shape: list[int], what: str = "tensor") -> None:
+def _check_tensor(file: Any, name: str, dtype: str, shape: list[int]) -> None:
     """Raise ValueError unless a tensor in an open safetensors file is as it should be; reads the header alone."""
     found = file.get_slice(name)
     if found.get_dtype() != dtype or found.get_shape() != shape:
-        raise ValueError(f"{what} {name} is {found.get_shape()} {found.get_dtype()}, expected {shape} {dtype}")
+        raise ValueError(f"tensor {name} is {found.get_shape()} {found.get_dtype()}, expected {shape} {dtype}")
 
 
 def _sha256(path: Path) -> str:
