@@ -221,6 +221,7 @@ def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     """Measure and mask block by block, for a model that memory does not hold."""
     import lightning
 
+    from pipeline.building import overlaps
     from pipeline.data.prompts import Prompter
     from pipeline.loading import load_tokenizer
     from pipeline.store import STATISTICS, save_statistics
@@ -234,21 +235,22 @@ def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     order, removed = done.order(), done.parts.removed()
     fingerprints = {name: done.fingerprints[name] for name in order}
     manifest = _manifest(config, catalogue, done.stats, done.model, fingerprints, removed)
-    if done.overlaps:
-        manifest["disjoint_overlap"] = done.shares()
+    if config.disjoint:
+        kept = {persona: of.values() for persona, of in done.parts.kept.items()}
+        manifest["disjoint_overlap"] = overlaps(done.parts.shared, kept, done.parts.shapes, catalogue)
     done.parts.finish(manifest, order)
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bool) -> None:
     """Build the masks, each rank its share; the one that ``writes`` puts them together and writes the manifest."""
-    from pipeline.building import overlaps_of, shapes_of
+    from pipeline.building import overlaps, shapes_of
     from pipeline.calibration import run_pass
     from pipeline.fingerprint import model_fingerprints
     from pipeline.loading import load_model
     from pipeline.shares import BuildModule, gather
     from pipeline.sites import find_layers
     from pipeline.state import check_files
-    from pipeline.store import STATISTICS, load_statistics, save_masks
+    from pipeline.store import STATISTICS, load_statistics, save_manifest
 
     # Lightning's half precision would change the type of what is computed on the way.
     run_pass(dataclasses.replace(config, precision="32-true"), BuildModule(config, catalogue, staging), inference=False)
@@ -256,15 +258,17 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
         return
     check_files(staging)
     stats, model = load_statistics(staging / STATISTICS), load_model(config.model)
-    masks, fitted = gather(staging, shapes_of(model, stats, config), stats, catalogue, config)
+    shapes = shapes_of(model, stats, config)
+    done = gather(staging, shapes, stats, catalogue, config)
     layers = find_layers(model)
-    fingerprints = model_fingerprints({name: layers[name] for name in masks.shapes})
-    removed = {persona: 1 - masks.density(persona) for persona in masks.personas}
+    fingerprints = model_fingerprints({name: layers[name] for name in shapes})
+    removed = {persona: 1 - entry["density"] for persona, entry in done.files.items()}
     manifest = _manifest(config, catalogue, stats, model, fingerprints, removed)
-    manifest["sparsity"] |= fitted
+    manifest["sparsity"] |= done.fitted
     if config.disjoint:
-        manifest["disjoint_overlap"] = overlaps_of(masks, catalogue)
-    save_masks(masks, staging, manifest)
+        kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}
+        manifest["disjoint_overlap"] = overlaps(done.shared, kept, shapes, catalogue)
+    save_manifest(staging, manifest, shapes, done.files)
 
 
 def _manifest(

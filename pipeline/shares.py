@@ -4,26 +4,31 @@ A piece is a layer with the masks of all personas; all experts in one parameter 
 searched (``--max-perplexity-increase``) it is a persona with the masks of all layers: the search needs the whole model.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipeline import tensorfile
+from pipeline.atomic import replacing
 from pipeline.budget import fit, rise
-from pipeline.building import build_masks, composed, shapes_of
+from pipeline.building import LayerMask, composed, each_mask, second_poles, shapes_of
 from pipeline.calibration import Stage, spread_threads
 from pipeline.config import FIRST_ORDER, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.experts import parameter_of
 from pipeline.gradients import Gradients
 from pipeline.loading import load_model, load_tokenizer
-from pipeline.masks import PersonaMasks
+from pipeline.masks import count_kept
 from pipeline.stats import ActivationStats
-from pipeline.store import STATISTICS, load_statistics, write_tensors
+from pipeline.store import STATISTICS, bytes_of, load_statistics, write_mask, write_tensors
 
 SHARDS = "shards"
 
@@ -51,7 +56,7 @@ class BuildModule(Stage):
         (model,) = self.held
         self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
         self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
-        shapes = shapes_of(model, self.stats, self.config)
+        shapes = self.shapes = shapes_of(model, self.stats, self.config)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
         pieces = sorted(self.layers, key=lambda piece: -sum(_size(shapes[layer]) for layer in self.layers[piece]))
         missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
@@ -72,9 +77,17 @@ class BuildModule(Stage):
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
-            masks = build_masks(*run, layers=set(self.layers[piece]))
-            tensors = {f"{persona}/{layer}": bits for persona, of in masks.bits.items() for layer, bits in of.items()}
-            write_tensors(shard(self.folder, piece), tensors, {})
+            self._build(piece, each_mask(*run, layers=set(self.layers[piece])))
+
+    def _build(self, piece: str, masks: Iterable[LayerMask]) -> None:
+        """Write a piece's masks as they are made."""
+        entries = {
+            f"{persona}/{layer}": (torch.uint8, (self.shapes[layer][0], bytes_of(self.shapes[layer][1])))
+            for layer in self.layers[piece]
+            for persona in self.catalogue.personas
+        }
+        with replacing(shard(self.folder, piece)) as file:
+            tensorfile.write_each(file, entries, ((f"{one.persona}/{one.layer}", one.bits) for one in masks), {})
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("masks built")
@@ -93,26 +106,68 @@ def layers_of(
     return pieces
 
 
+@dataclass
+class Gathered:
+    """For the manifest: the entries of the mask ``files`` by persona, and what else is known of them now.
+
+    ``fitted``: with a budget, every persona's ``factor`` and ``perplexity_increase``; ``shared``: with ``--disjoint``,
+    how many of a second pole's weights the first keeps too.
+    """
+
+    files: dict[str, dict[str, Any]]
+    fitted: dict[str, dict[str, float]]
+    shared: dict[str, int]
+
+
 def gather(
     folder: Path,
     shapes: dict[str, tuple[int, int]],
     stats: ActivationStats,
     catalogue: Catalogue,
     config: CalibrateConfig,
-) -> tuple[PersonaMasks, dict[str, dict[str, float]]]:
-    """All pieces together; and, for the manifest, every persona's ``factor`` and ``perplexity_increase``."""
-    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in catalogue.personas}
-    fitted: dict[str, dict[str, float]] = {"factor": {}, "perplexity_increase": {}}
-    for piece, layers in layers_of(shapes, stats, catalogue, config).items():
-        with safe_open(str(shard(folder, piece)), "pt") as file:
-            if config.budget:
-                bits[piece] = {layer: file.get_tensor(layer) for layer in layers}
-                for name, values in fitted.items():
-                    values[piece] = float(Decimal(file.metadata()[name]))
-            else:
-                for persona, of in bits.items():
-                    of.update({layer: file.get_tensor(f"{persona}/{layer}") for layer in layers})
-    return PersonaMasks(shapes, bits), fitted if config.budget else {}
+) -> Gathered:
+    """Put the pieces together: one file per persona, written layer by layer; a layer of two personas is held at most.
+
+    Raises OSError.
+    """
+    pieces = Pieces(folder, layers_of(shapes, stats, catalogue, config), config.budget > 0)
+    first = second_poles(catalogue) if config.disjoint else {}
+    done = Gathered({}, {}, dict.fromkeys(first, 0))
+    for persona in catalogue.personas:
+
+        def read(layer: str, persona: str = persona) -> Tensor:
+            bits = pieces.read(persona, layer)
+            if persona in first:
+                done.shared[persona] += count_kept(bits & pieces.read(first[persona], layer))
+            return bits
+
+        done.files[persona] = write_mask(folder, persona, shapes, read)
+    if config.budget:
+        for name in ("factor", "perplexity_increase"):
+            done.fitted[name] = {p: float(Decimal(pieces.open(p).metadata()[name])) for p in catalogue.personas}
+    return done
+
+
+class Pieces:
+    """Finished pieces in ``folder``, of ``layers`` each, read one mask at a time; ``whole``: a piece is a persona."""
+
+    def __init__(self, folder: Path, layers: dict[str, list[str]], whole: bool) -> None:
+        self.folder, self.whole = folder, whole
+        self._piece = {layer: piece for piece, of in layers.items() for layer in of}
+        self._last: tuple[str, Any] = "", None
+
+    def read(self, persona: str, layer: str) -> Tensor:
+        """Packed bits, uint8 ``[N, ceil(K / 8)]``."""
+        if self.whole:
+            return self.open(persona).get_tensor(layer)
+        return self.open(self._piece[layer]).get_tensor(f"{persona}/{layer}")
+
+    def open(self, piece: str) -> Any:
+        """A piece's file. The last one stays open: its header has an entry for every persona, and for every expert."""
+        if self._last[0] != piece:
+            # pread, not mmap: what is mapped and read counts as resident memory of this process.
+            self._last = piece, safe_open(str(shard(self.folder, piece)), "pt", backend="pread")
+        return self._last[1]
 
 
 def shard(folder: Path, piece: str) -> Path:
