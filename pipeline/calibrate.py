@@ -146,7 +146,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     from pipeline.calibration import StatisticsModule, run_pass
     from pipeline.checkpoint import discard
     from pipeline.data.prompts import Prompter
-    from pipeline.loading import load_model, load_tokenizer
+    from pipeline.loading import load_tokenizer
     from pipeline.reuse import check_reuse
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_statistics
@@ -156,7 +156,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     prompter = Prompter(tokenizer)
     if config.statistics and writes:
         stats = load_statistics(Path(config.statistics) / STATISTICS)
-        check_reuse(config, catalogue, load_model(config.model))
+        check_reuse(config, catalogue)
         save_statistics(stats, folder / STATISTICS)
     elif not config.statistics:
         data = _samples(config, catalogue, tokenizer, prompter)
@@ -194,7 +194,7 @@ def _differentiate(config: CalibrateConfig, catalogue: Any, prompter: Any, pad: 
         objectives = weighted(objectives, folder)
     note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
     module = GradientModule(config, folder, pad, objectives)
-    run_pass(config, module, ObjectiveData(objectives, batch_tokens), inference=False)
+    run_pass(config, module, ObjectiveData(objectives, batch_tokens, shared=config.sharded), inference=False)
 
 
 def _samples(config: CalibrateConfig, catalogue: Any, tokenizer: Any, prompter: Any) -> Any:
@@ -245,25 +245,21 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     """Build the masks, each rank its share; the one that ``writes`` puts them together and writes the manifest."""
     from pipeline.building import overlaps, shapes_of
     from pipeline.calibration import run_pass
-    from pipeline.fingerprint import model_fingerprints
-    from pipeline.loading import load_model
     from pipeline.shares import BuildModule, gather
-    from pipeline.sites import find_layers
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_manifest
+    from pipeline.weights import fingerprints, weights_of
 
     # Lightning's half precision would change the type of what is computed on the way.
     run_pass(dataclasses.replace(config, precision="32-true"), BuildModule(config, catalogue, staging), inference=False)
     if not writes:
         return
     check_files(staging)
-    stats, model = load_statistics(staging / STATISTICS), load_model(config.model)
-    shapes = shapes_of(model, stats, config)
+    stats, weights = load_statistics(staging / STATISTICS), weights_of(config)
+    shapes = shapes_of(weights.model, stats, config)
     done = gather(staging, shapes, stats, catalogue, config)
-    layers = find_layers(model)
-    fingerprints = model_fingerprints({name: layers[name] for name in shapes})
     removed = {persona: 1 - entry["density"] for persona, entry in done.files.items()}
-    manifest = _manifest(config, catalogue, stats, model, fingerprints, removed)
+    manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)
     manifest["sparsity"] |= done.fitted
     if config.disjoint:
         kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}

@@ -25,10 +25,11 @@ from pipeline.config import FIRST_ORDER, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.experts import parameter_of
 from pipeline.gradients import Gradients
-from pipeline.loading import load_model, load_tokenizer
+from pipeline.loading import load_tokenizer
 from pipeline.masks import count_kept
 from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, bytes_of, load_statistics, write_mask, write_tensors
+from pipeline.weights import weights_of
 
 SHARDS = "shards"
 
@@ -36,7 +37,8 @@ SHARDS = "shards"
 class BuildModule(Stage):
     """Builds the masks and writes them to ``folder / SHARDS / PIECE.safetensors``, on the CPU in float32.
 
-    Rank r builds every world-th piece from r on, the largest first.
+    Rank r builds every world-th piece from r on, the largest first; of a model that is read block by block, the pieces
+    of every world-th block.
     """
 
     def __init__(self, config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> None:
@@ -47,31 +49,38 @@ class BuildModule(Stage):
         self.held: list[Any] = []
 
     def load(self) -> None:
-        self.held = [load_model(self.config.model)]
+        self.held = [weights_of(self.config)]
 
     def on_predict_start(self) -> None:
         spread_threads(self.trainer, self.device, self.config.deterministic)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        (model,) = self.held
+        (weights,) = self.held
+        model = weights.model
         self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
         self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
         shapes = self.shapes = shapes_of(model, self.stats, self.config)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
-        pieces = sorted(self.layers, key=lambda piece: -sum(_size(shapes[layer]) for layer in self.layers[piece]))
-        missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
+        size = {piece: sum(_size(shapes[layer]) for layer in of) for piece, of in self.layers.items()}
+        missing = [piece for piece in self.layers if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
             self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config)
-        mine: list[str | None] = list(pieces[self.trainer.global_rank :: self.trainer.world_size])
+        # What is read from disk together stays together.
+        parts: dict[str, list[str]] = {}
+        for piece in sorted(size, key=lambda piece: -size[piece]):
+            parts.setdefault(weights.part_of(self.layers[piece][0]) or piece, []).append(piece)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        shares = [[piece for of in list(parts.values())[r::world] for piece in of] for r in range(world)]
         # All ranks take equally many steps.
-        mine += [None] * (-(-len(pieces) // self.trainer.world_size) - len(mine))
+        mine: list[str | None] = [*shares[rank], *[None] * (max(map(len, shares)) - len(shares[rank]))]
         return DataLoader(mine, batch_size=None, collate_fn=lambda piece: piece)  # type: ignore[arg-type]
 
     def predict_step(self, piece: str | None, batch_idx: int) -> None:
         if piece is None or shard(self.folder, piece).exists():
             return
-        (model,) = self.held
-        run = model, self.stats, self.catalogue, self.config, self.gradients
+        (weights,) = self.held
+        weights.load(self.layers[piece][0])
+        run = weights.model, self.stats, self.catalogue, self.config, self.gradients
         if self.config.budget:
             one = fit(piece, *run, self.increase)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
