@@ -6,8 +6,9 @@ that a folder with a manifest is always whole.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
 from pipeline import tensorfile
+from pipeline.atomic import replacing
 from pipeline.data.catalogue import check_name
 from pipeline.data.forms import NEUTRAL
-from pipeline.encoding import bytes_of, check_stored, decode, encode, least_bytes
+from pipeline.encoding import bytes_of, check_stored, decode, encode, least_bytes, stored_as
 from pipeline.errors import UserError
-from pipeline.masks import PersonaMasks
+from pipeline.masks import PersonaMasks, count_kept
 from pipeline.reading import parse_json, read_json
 from pipeline.sites import Site
 from pipeline.stats import ActivationStats
@@ -37,38 +39,18 @@ MOST_COLUMNS = 1 << 31
 """Rows or columns of a layer that a manifest may name."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name and rename it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            tensorfile.write(file, tensors, metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # A failed write does not say of what.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        tensorfile.write(file, tensors, metadata)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name and rename it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # A failed write does not say of what.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for part in json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False).iterencode(content):
+            file.write(part.encode("utf-8"))
+        file.write(b"\n")
 
 
 def save_statistics(
@@ -125,23 +107,34 @@ def _statistics_header(header: dict[str, str], held: set[str]) -> tuple[tuple[st
 
 def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> None:
     """Write one safetensors file a persona and, last, the manifest with their hashes. Raises OSError."""
-    files = {}
-    for persona in masks.personas:
-        name = f"masks/{check_name(persona)}.safetensors"
-        stored = {layer: encode(bits, masks.shapes[layer][1]) for layer, bits in masks.bits[persona].items()}
-        write_tensors(folder / name, stored, mask_metadata(persona))
-        files[persona] = mask_entry(folder, name, masks.density(persona), masks.kept(persona))
+    files = {
+        persona: write_mask(folder, persona, masks.shapes, masks.bits[persona].__getitem__) for persona in masks.bits
+    }
     save_manifest(folder, manifest, masks.shapes, files)
 
 
-def mask_metadata(persona: str) -> dict[str, str]:
-    """The metadata of a persona's mask file."""
-    return {"format": FORMAT, "persona": persona}
+def write_mask(
+    folder: Path, persona: str, shapes: Mapping[str, tuple[int, int]], read: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """Write a persona's mask file and return the manifest's entry for it. Raises OSError.
+
+    ``read(layer)`` gives packed bits, uint8 ``[N, ceil(K / 8)]``. It is called twice for each layer of ``shapes``, for
+    the header has to say how every layer is stored; one layer is held at a time.
+    """
+    name = f"masks/{check_name(persona)}.safetensors"
+    kept = {layer: count_kept(read(layer)) for layer in shapes}
+    stored = {layer: stored_as(*shape, math.prod(shape) - kept[layer]) for layer, shape in shapes.items()}
+    order = tensorfile.in_order({layer: dtype for layer, (dtype, _) in stored.items()})
+    tensors = ((layer, encode(read(layer), shapes[layer][1])) for layer in order)
+    with replacing(folder / name) as file:
+        metadata = {"format": FORMAT, "persona": persona}
+        tensorfile.write_each(file, {layer: stored[layer] for layer in order}, tensors, metadata)
+    return {"file": name, **_signed(folder / name), "density": density(kept.values(), shapes), "kept": kept}
 
 
-def mask_entry(folder: Path, name: str, density: float, kept: dict[str, int]) -> dict[str, Any]:
-    """What the manifest says of the mask file ``name`` in ``folder``."""
-    return {"file": name, **_signed(folder / name), "density": density, "kept": kept}
+def density(kept: Iterable[int], shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Share of the weights of all layers that is kept."""
+    return sum(kept) / max(sum(rows * columns for rows, columns in shapes.values()), 1)
 
 
 def save_manifest(
