@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kernels import pack_bits
 from pipeline import encoding
+from pipeline.building import LayerMask
 from pipeline.encoding import bytes_of, check_stored, decode, encode, least_bytes, stored_as, worth_listing
 from pipeline.masks import PersonaMasks
 from pipeline.parts import MaskParts
@@ -132,8 +133,8 @@ def test_layer_by_layer_gives_the_same_files(tmp_path):
     (tmp_path / "parts").mkdir()
     parts = MaskParts(tmp_path / "parts")
     for layer in ("d", "a.b", "c"):
-        bits = {persona: {layer: of[layer]} for persona, of in masks.bits.items()}
-        parts.add(PersonaMasks({layer: SHAPES[layer]}, bits))
+        for persona, of in masks.bits.items():
+            parts.add(LayerMask(layer, SHAPES[layer], persona, of[layer]))
     parts.finish(MANIFEST, list(SHAPES))
     for name in ("manifest.json", "masks/fox.safetensors", "masks/dog.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
