@@ -11,8 +11,7 @@ namespace persona {
 
 using torch::stable::Tensor;
 
-Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums,
-                            const std::optional<Tensor>& spans);
+Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums);
 
 int64_t mask_select_cpu(const Tensor& values, const std::optional<Tensor>& channel,
                         const std::optional<Tensor>& tiebreak, int64_t keep, Tensor& bits);
@@ -35,7 +34,6 @@ void expand_rows_cpu(const Tensor& values, const Tensor& bits, const Tensor& off
 void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out);
 
 std::string build_info();
-bool has_cuda();
 std::string instruction_sets();
 std::string instruction_set();
 bool use_instruction_set(std::string name);

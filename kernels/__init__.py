@@ -26,7 +26,6 @@ _HOME = {
     "SparseWeight": "kernels.ops.sparse_linear",
     "MaskedLinear": "kernels.layers",
     "PersonaSelector": "kernels.layers",
-    "SparseLinear": "kernels.compressed",
     "MaskedExperts": "kernels.experts",
 }
 
