@@ -39,16 +39,7 @@ def load_model(model: str, dtype: torch.dtype | str = torch.float32, device: str
     finally:
         if previous:
             transformers.utils.logging.enable_progress_bar()
-    head = loaded.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(_contiguous)
     return loaded.to(device).eval().requires_grad_(False)
-
-
-def _contiguous(head: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Given the last positions only (``logits_to_keep``), a view of the batch, torch multiplies row by row of the batch
-    and in half precision copies the vocabulary's weight for each: half of a forward pass in bfloat16 on a CPU."""
-    return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
 def load_config(model: str) -> Any:

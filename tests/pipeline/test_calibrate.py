@@ -162,13 +162,20 @@ def test_float64_sums_survive_bfloat16(words, finished, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "64-true"])
 def test_the_default_criterion_in_other_precisions(words, tmp_path, precision):
-    """Rounding moves a few weights across the threshold; most of the mask stays."""
+    """Rounding moves a few weights across the threshold; most of the mask stays.
+
+    Of the whole mask nine tenths and more, of every layer that loses enough weights to speak of a share (one of these
+    loses six).
+    """
     for name in ("32-true", precision):
         assert calibrate.main(words(tmp_path / name, "--precision", name, "--sparsity", "0.1")) == 0
     exact, rough = load_masks(tmp_path / "32-true"), load_masks(tmp_path / precision)
+    shares = []
     for layer in exact.shapes:
         removed, again = ~exact.mask("up", layer), ~rough.mask("up", layer)
-        assert (removed & again).sum() > 0.8 * removed.sum()
+        shares.append((int((removed & again).sum()), int(removed.sum())))
+    assert all(same > 0.8 * count for same, count in shares if count >= 20)
+    assert sum(same for same, _ in shares) > 0.9 * sum(count for _, count in shares)
 
 
 @pytest.mark.parametrize("budget", ["1", "100000"])

@@ -156,7 +156,8 @@ def test_types_have_every_condition(words, tmp_path):
     report = json.loads(file.read_text())
     assert {r["pair"] for r in report["records"]} == {"INTJ/ESFP"}
     conditions = {r["condition"] for r in report["records"]}
-    assert conditions >= {*SHOWN[:-2], "random mask 2", "other mask: ISFP", "other mask: ENTJ"}
+    assert conditions >= {*SHOWN[:-2], "random mask 2", "other mask: ISFP", "other mask: ENTJ"} - {"base mask"}
+    assert "base mask" not in conditions, "the run's masks stand on the whole model"
     assert [s["persona"] for s in report["steering"]] == ["INTJ", "ESFP"]
 
 
