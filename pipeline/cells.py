@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.cli import note
 from pipeline.errors import UserError
 from pipeline.options import StudyConfig
-from pipeline.staging import is_finished, staging_of
+from pipeline.staging import STATE, is_finished, staging_of
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ def make(cell: Cell, calibrate: list[str], evaluate: list[str], *, keep_masks: b
     cell.folder.mkdir(parents=True, exist_ok=True)
     if not is_finished(cell.run):
         varied = [word for name, value in cell.values for word in (f"--{name}", value)]
+        # A process that was killed before it wrote its state left nothing to go on with.
+        begun = (staging_of(cell.run) / STATE).exists()
         fresh = ["--personas", cell.sources, "--seed", str(cell.seed), "--output", str(cell.run), *varied, *calibrate]
-        _call(cell, "calibrate", ["--resume", str(cell.run)] if staging_of(cell.run).exists() else fresh)
+        _call(cell, "calibrate", ["--resume", str(cell.run)] if begun else fresh)
     data = ["--data", cell.held_out] if cell.held_out else []
     _call(cell, "evaluate", [str(cell.run), *data, *evaluate, "--json", str(cell.evaluation)])
     if not keep_masks:

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.loading import load_model
 from pipeline.masks import PersonaMasks
 from pipeline.setting import Ground, Setting, poles
-from pipeline.stacking import base_masks
+from pipeline.stacking import base_files, base_masks
 
 
 def check(ground: Ground, pairs: Sequence[PersonaSet]) -> None:
@@ -26,6 +26,8 @@ def check(ground: Ground, pairs: Sequence[PersonaSet]) -> None:
     if {"rag", "steering", "lora"} & set(ground.config.wanted):
         for pair in pairs:
             calibration_items(ground.model.masks.manifest, pair.plus)
+    if {"base", "random"} & set(ground.config.wanted):
+        base_files(ground.model.masks.manifest["options"].get("on", ""))
     if "steering" in ground.config.wanted:
         parse_layers(ground.config.steering_layers, len(decoder_blocks(ground.model.model)))
 

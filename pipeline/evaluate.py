@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,7 @@ def _chosen(pairs: list[Any], config: EvaluateConfig) -> list[Any]:
 def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Any) -> None:
     from pipeline.evaluation import SCHEMA, SCHEMA_VERSION
     from pipeline.provenance import versions
+    from pipeline.results import finite
     from pipeline.store import write_json
 
     content = {
@@ -86,23 +86,18 @@ def _write(config: EvaluateConfig, manifest: dict[str, Any], results: Any) -> No
         "criterion": manifest["criterion"],
         "sparsity": manifest["sparsity"]["option"],
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
-        "records": [_finite(dataclasses.asdict(r)) for r in results.records],
-        "contrasts": [_finite(dataclasses.asdict(c)) for c in results.contrasts],
+        "records": [finite(dataclasses.asdict(r)) for r in results.records],
+        "contrasts": [finite(dataclasses.asdict(c)) for c in results.contrasts],
         "answers": results.answers,
-        "steering": [_finite(entry) for entry in results.steering],
+        "steering": [finite(entry) for entry in results.steering],
         "generation": results.generation,
         "efficiency": results.efficiency,
-        "abilities": [_finite(entry) for entry in results.abilities],
+        "abilities": [finite(entry) for entry in results.abilities],
         "versions": versions(),
     }
     assert config.json is not None
     config.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.json, content)
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: a model whose perplexity overflows reports null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

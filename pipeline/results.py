@@ -32,8 +32,14 @@ def heading(schema: str, version: int, config: Any, manifest: dict[str, Any]) ->
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: a number that is not finite becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    """JSON has no infinity: a number that is not finite becomes null, also in a tuple."""
+    return {key: _finite(value) for key, value in record.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_results(path: Path, content: dict[str, Any]) -> None:

@@ -18,9 +18,7 @@ def base_masks(on: str) -> PersonaMasks | None:
     """The mask that ``--on`` names, a set of one persona; None where it names none. Raises UserError."""
     if not on:
         return None
-    folder, persona = _named(on)
-    masks = load_masks(folder)
-    return PersonaMasks(masks.shapes, {persona: masks.bits[persona]}, masks.manifest)
+    return load_masks(*_named(on))
 
 
 def base_files(on: str) -> list[Path]:

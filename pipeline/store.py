@@ -212,12 +212,17 @@ def _check_fields(manifest: dict[str, Any]) -> None:
             raise ValueError(f"control characters in {text[:80]!r}")
 
 
-def load_masks(folder: Path) -> PersonaMasks:
-    """Read and verify all masks of a run. Raises UserError for truncated, altered or foreign files."""
+def load_masks(folder: Path, only: str | None = None) -> PersonaMasks:
+    """Read and verify all masks of a run, or that of ``only`` one persona.
+
+    Raises UserError for truncated, altered or foreign files.
+    """
     manifest = load_manifest(folder)
     shapes = {name: (shape[0], shape[1]) for name, shape in manifest["layers"].items()}
     bits = {
-        persona: _load_persona(folder / entry["file"], entry, shapes) for persona, entry in manifest["masks"].items()
+        persona: _load_persona(folder / entry["file"], entry, shapes)
+        for persona, entry in manifest["masks"].items()
+        if only in (None, persona)
     }
     return PersonaMasks(shapes, bits, manifest)
 

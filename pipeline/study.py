@@ -29,11 +29,8 @@ def study(config: StudyConfig) -> list[Any]:
     from pipeline.tally import means_of, points_of, rows_of
     from pipeline.tally_tables import print_study
 
-    options = {"calibrate": config.calibrate, "evaluate": config.evaluate}
-    _same_options(config.output / NAME, options)
-    cells = cells_of(config)
-    content: dict[str, Any] = {"schema": SCHEMA, "version": SCHEMA_VERSION, "options": options}
-    write_results(config.output / NAME, content)
+    cells, path = cells_of(config), config.output / NAME
+    content = _begun(path, config, {cell.name: [cell.sources, cell.held_out] for cell in cells})
     for number, cell in enumerate(cells, 1):
         note(f"cell {number} of {len(cells)}")
         make(cell, shlex.split(config.calibrate), shlex.split(config.evaluate), keep_masks=config.keep_masks)
@@ -45,23 +42,40 @@ def study(config: StudyConfig) -> list[Any]:
     content |= {"model": first["model"], "date": first["date"], "versions": first.get("versions", {})}
     content["rows"] = [finite(dataclasses.asdict(row)) for row in rows]
     content["means"] = [finite(dataclasses.asdict(mean)) for mean in means]
-    write_results(config.output / NAME, content)
+    write_results(path, content)
     with writing(config.output):
         separation_plot(points_of(means), config.output / "separation.png")
         if curves_plot(rows, config.output / "curves.png"):
             note(f"plot: {config.output / 'curves.png'}")
-    note(f"plot: {config.output / 'separation.png'}; everything: {config.output / NAME}")
+    note(f"plot: {config.output / 'separation.png'}; everything: {path}")
     return rows
 
 
-def _same_options(path: Path, options: dict[str, str]) -> None:
-    """Raise UserError if the cells that are there were made with other options."""
-    from pipeline.results import read_results
+def _begun(path: Path, config: StudyConfig, sets: dict[str, list[str]]) -> dict[str, Any]:
+    """The heading of ``study.json``, which is written now if the study is new: what its cells are made with.
+
+    ``sets``: by name, what is calibrated and what is evaluated on; those of earlier calls stay. Raises UserError if
+    cells that are there were made with something else.
+    """
+    from pipeline.results import read_results, write_results
     from pipeline.terminal import described
 
-    before = read_results(path, SCHEMA).get("options") if path.exists() else options
-    if before != options:
-        raise UserError(f"{path.parent}: its cells were made with {described(before)}; take another folder")
+    options = {"calibrate": config.calibrate, "evaluate": config.evaluate}
+    before = read_results(path, SCHEMA) if path.exists() else {"options": options, "sets": sets}
+    known = before.get("sets")
+    if before.get("options") != options or not isinstance(known, dict):
+        raise UserError(
+            f"{path.parent}: its cells were made with {described(before.get('options'))}; take another folder"
+        )
+    for name in sets.keys() & known.keys():
+        if sets[name] != known[name]:
+            raise UserError(
+                f"{path.parent}: its cells of {name} were made from {described(known[name])}; rename the set"
+            )
+    content = {"schema": SCHEMA, "version": SCHEMA_VERSION, "options": options, "sets": known | sets}
+    # What was measured before stays until there is something in its place.
+    write_results(path, {**before, **content})
+    return content
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -107,7 +107,7 @@ def _row(cell: Cell, evaluation: Evaluation, contrast: Contrast, both: Sequence[
         repeats,
         pair(lambda one, before: _half(one.n_yes, one.score_yes, before.score_yes)),
         pair(lambda one, before: _half(one.n_no, one.score_no, before.score_no)),
-        pair(lambda one, before: one.answer_mass / before.answer_mass) if both[0].answer_mass else None,
+        pair(lambda one, before: one.answer_mass / before.answer_mass) if both[0].answer_mass is not None else None,
     )
 
 
@@ -157,9 +157,9 @@ def _mean(key: tuple[str, str, str], rows: Sequence[Row]) -> Mean:
 
 def number_of(label: str) -> float:
     """The varied value where it is one number, "samples=32" or "max-perplexity-increase=5%"; else NaN."""
-    name, equals, value = label.partition("=")
+    _, equals, value = label.partition("=")
     try:
-        return float(value.removesuffix("%")) if equals and "," not in name else math.nan
+        return float(value.removesuffix("%")) if equals else math.nan
     except ValueError:
         return math.nan
 

@@ -1,11 +1,13 @@
 """Masks on top of the mask of an earlier run: what they remove, what they were measured on, and their controls."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline import calibrate, evaluate
+from pipeline.conditions import check
 from pipeline.controls import add_random
 from pipeline.data.catalogue import PersonaSet
 from pipeline.errors import UserError
@@ -93,6 +95,16 @@ def test_the_base_is_a_condition(ground, run, tmp_path, capfd):
     assert by["own mask", "up"]["removed"] > 0.5
     assert by["base mask", "up"]["criterion"] == ""
     assert "no neutral mask: the run's masks stand on" in capfd.readouterr().err
+
+
+def test_a_base_that_is_gone_is_noticed_at_once(run, half):
+    ground = SimpleNamespace(
+        model=PersonaModel.from_pretrained(run), config=SimpleNamespace(wanted=["random"], steering_layers="")
+    )
+    check(ground, [])
+    ground.model.masks.manifest["options"]["on"] = f"{half}-gone:up"
+    with pytest.raises(UserError, match="gone"):
+        check(ground, [])
 
 
 def test_which_mask(finished, half):

@@ -6,12 +6,14 @@ import math
 
 import pytest
 
-from pipeline import study
-from pipeline.cells import Cell, cells_of
+from pipeline import cells, study
+from pipeline.cells import Cell, cells_of, make
 from pipeline.curves import curves_plot
 from pipeline.errors import UserError
 from pipeline.gathered import read_evaluation
 from pipeline.options import StudyConfig
+from pipeline.results import finite
+from pipeline.staging import STATE, staging_of
 from pipeline.tally import means_of, number_of, points_of, rows_of
 
 
@@ -85,6 +87,14 @@ def test_other_options_are_refused(made, capsys):
     assert "take another folder" in capsys.readouterr().err
 
 
+def test_another_file_under_the_same_names_is_refused(made, capsys):
+    folder, command = made
+    before = (folder / "study.json").read_text()
+    assert study.main([command[0], "--sets=up/down=other.csv@other.csv", *command[2:]]) == 2
+    assert "its cells of up-down were made from" in capsys.readouterr().err
+    assert (folder / "study.json").read_text() == before
+
+
 def test_a_cell_that_fails_names_itself(ground, tmp_path, capfd):
     command = [str(tmp_path / "out"), f"--sets=up/down={ground.pairs}", "--calibrate=--criterion nonsense"]
     assert study.main(command) == 2
@@ -93,15 +103,39 @@ def test_a_cell_that_fails_names_itself(ground, tmp_path, capfd):
     assert "up-down,seed=0: pipeline.calibrate ended with code 2" in said
 
 
+def test_what_a_cell_goes_on_with(tmp_path, monkeypatch):
+    """A process that was killed before it wrote its state cannot be resumed."""
+    called = []
+    monkeypatch.setattr(cells, "_call", lambda cell, command, options: called.append((command, options)))
+    (cell,) = cells_of(StudyConfig(tmp_path, sets="up/down=x.csv"))
+    staging = staging_of(cell.run)
+    staging.mkdir(parents=True)
+    make(cell, ["--samples", "3"], [], keep_masks=True)
+    assert called[0][1][:2] == ["--personas", "up/down=x.csv"]
+    assert called[0][1][-2:] == ["--samples", "3"]
+    (staging / STATE).write_text("{}")
+    make(cell, [], [], keep_masks=True)
+    assert called[2] == ("calibrate", ["--resume", str(cell.run)])
+
+
+def test_a_destroyed_model_can_be_written_down():
+    assert finite({"cost": (math.inf, 0.5), "low": math.nan, "mass": None}) == {
+        "cost": (None, 0.5),
+        "low": None,
+        "mass": None,
+    }
+
+
 def test_the_grid():
     config = StudyConfig(
         "out", sets="dichotomies,a/b=x.csv@y.csv", seeds="3,4", vary="criterion=wanda|sparse;samples=8"
     )
-    cells = cells_of(config)
-    assert len(cells) == 2 * 2 * 5
-    assert cells[0].label == "criterion=wanda, samples=8"
-    assert (cells[4].name, cells[4].sources, cells[4].held_out, cells[4].seed) == ("a-b", "a/b=x.csv", "y.csv", 3)
-    assert len({cell.folder for cell in cells}) == len(cells)
+    all_cells = cells_of(config)
+    assert len(all_cells) == 2 * 2 * 5
+    assert all_cells[0].label == "criterion=wanda, samples=8"
+    last = all_cells[4]
+    assert (last.name, last.sources, last.held_out, last.seed) == ("a-b", "a/b=x.csv", "y.csv", 3)
+    assert len({cell.folder for cell in all_cells}) == len(all_cells)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +155,8 @@ def test_what_cannot_be(options, message):
 
 def test_means_and_numbers(made):
     folder, _ = made
-    cells = cells_of(StudyConfig(folder, sets="up/down=x.csv", seeds="3", vary="sparsity=0.1|0.4"))
-    first = [row for cell in cells for row in rows_of(cell, read_evaluation(cell.evaluation))]
+    two = cells_of(StudyConfig(folder, sets="up/down=x.csv", seeds="3", vary="sparsity=0.1|0.4"))
+    first = [row for cell in two for row in rows_of(cell, read_evaluation(cell.evaluation))]
     rows = [*first, *(dataclasses.replace(row, seed=4, separation=row.separation + 2) for row in first)]
     means = means_of(rows)
     assert means[0].seeds == (first[0].separation, first[0].separation + 2)
