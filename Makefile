@@ -54,8 +54,8 @@ format: setup  ## rewrite the sources in the project's format
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE) tests/kernels/sanitize.cpp
 
-bench: setup  ## the benchmarks, one thread, into benchmarks/results (ten minutes; BENCH=--quick: three)
-	for name in activation_stats mask_select masked_linear calibration; do \
+bench: model  ## the benchmarks, one thread, into benchmarks/results (long; BENCH=--quick: fewer shapes)
+	for name in activation_stats mask_select masked_linear sparse_linear correction_linear decode calibration; do \
 		$(RUN) -m benchmarks.bench_$$name --threads 1 $(BENCH) --output benchmarks/results/$$name.csv || exit 1; \
 	done
 

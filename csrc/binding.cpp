@@ -6,7 +6,7 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(persona_native, m) {
-  m.def("activation_stats(Tensor x, Tensor role, Tensor persona, Tensor(a!) sums) -> Tensor");
+  m.def("activation_stats(Tensor x, Tensor role, Tensor persona, Tensor(a!) sums, Tensor? spans) -> Tensor");
   m.def("mask_select(Tensor values, Tensor? channel, Tensor? tiebreak, int keep, Tensor(a!) bits) -> int");
   m.def("mask_select_nm(Tensor weight, Tensor channel, int n, int m, Tensor(a!) bits) -> int");
   m.def("mask_select_threshold(Tensor scores, float threshold, int ties, Tensor(a!) bits) -> int");
@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(persona_native, m) {
       "Tensor? bias, Tensor(a!) y) -> bool");
   m.def("subtract_removed(Tensor x, Tensor weight, Tensor columns, Tensor offsets, float scale, Tensor(a!) y) -> ()");
   m.def("build_info() -> str");
+  m.def("has_cuda() -> bool");
   m.def("instruction_sets() -> str");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> bool");
@@ -47,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(persona_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(persona_native, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&persona::build_info));
+  m.impl("has_cuda", TORCH_BOX(&persona::has_cuda));
   m.impl("instruction_sets", TORCH_BOX(&persona::instruction_sets));
   m.impl("instruction_set", TORCH_BOX(&persona::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&persona::use_instruction_set));

@@ -6,6 +6,14 @@ namespace persona {
 
 std::string build_info() { return "torch " PERSONA_TORCH_VERSION ", flags " PERSONA_FLAGS; }
 
+bool has_cuda() {
+#ifdef USE_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
 std::string instruction_sets() {
   std::string names;
   for (const Kernels* const* table = available_kernels(); *table != nullptr; ++table)

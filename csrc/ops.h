@@ -11,7 +11,8 @@ namespace persona {
 
 using torch::stable::Tensor;
 
-Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums);
+Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums,
+                            const std::optional<Tensor>& spans);
 
 int64_t mask_select_cpu(const Tensor& values, const std::optional<Tensor>& channel,
                         const std::optional<Tensor>& tiebreak, int64_t keep, Tensor& bits);
@@ -34,6 +35,7 @@ void expand_rows_cpu(const Tensor& values, const Tensor& bits, const Tensor& off
 void gate_rows_cpu(const Tensor& weight, const Tensor& bits, double gamma, Tensor& out);
 
 std::string build_info();
+bool has_cuda();
 std::string instruction_sets();
 std::string instruction_set();
 bool use_instruction_set(std::string name);

@@ -26,6 +26,7 @@ _HOME = {
     "SparseWeight": "kernels.ops.sparse_linear",
     "MaskedLinear": "kernels.layers",
     "PersonaSelector": "kernels.layers",
+    "SparseLinear": "kernels.compressed",
     "MaskedExperts": "kernels.experts",
 }
 

@@ -2,8 +2,8 @@
 
 Every op has a ``reference`` backend in plain PyTorch. Faster backends register themselves beside
 it; one that could not be loaded registers the reason instead, and whoever falls back to a slower
-one hears of it once. ``PERSONA_BACKEND`` forces: ``PERSONA_BACKEND=reference`` for every op, or
-``PERSONA_BACKEND=mask_select=reference,masked_linear=triton`` for some.
+one hears of it once. Those of ``ON_REQUEST`` run only where forced. ``PERSONA_BACKEND`` forces:
+``PERSONA_BACKEND=reference`` for every op, or ``PERSONA_BACKEND=mask_select=reference,masked_linear=triton`` for some.
 """
 
 import os
@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-PREFERENCE = ("cuda", "cpp", "triton", "reference")
+PREFERENCE = ("cpp", "triton", "reference")
+ON_REQUEST = ("cuda",)
+"""Never chosen, only forced: compiled, but never run on the hardware they are for."""
 ENVIRONMENT = "PERSONA_BACKEND"
 
 
@@ -94,13 +96,14 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 
 
 def explain() -> dict[str, dict[str, str]]:
-    """For every op: each backend's state ("present" or why not) and the choice per device."""
+    """For every op: each backend's state ("present..." or "missing: " and why) and the choice per device."""
     import torch
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     report = {}
     for op, entry in sorted(_OPS.items()):
         row = {b: "present" for b in PREFERENCE if b in entry.present}
+        row |= {b: f"present, only where {ENVIRONMENT} forces it" for b in ON_REQUEST if b in entry.present}
         row |= {b: f"missing: {reason}" for b, (reason, _) in entry.missing.items()}
         row |= {f"chosen on {device}": _chosen(op, device) for device in devices}
         report[op] = row
@@ -115,8 +118,8 @@ def _chosen(op: str, device: str) -> str:
 
 
 def _check_backend_name(backend: str) -> None:
-    if backend not in PREFERENCE:
-        raise BackendError(f"unknown backend {backend!r}; known are {', '.join(PREFERENCE)}")
+    if backend not in PREFERENCE + ON_REQUEST:
+        raise BackendError(f"unknown backend {backend!r}; known are {', '.join(PREFERENCE + ON_REQUEST)}")
 
 
 def _warn_once(op: str, backend: str, reason: str) -> None:

@@ -153,8 +153,8 @@ class MaskedLinear(nn.Module):
 
     def list_removed(self) -> None:
         """Make what the forms need besides ``bits``; to be called again by whoever writes to ``bits``."""
-        kept = [float(unpack_bits(packed, self.in_features).double().mean()) for packed in self.bits]
-        self.density = min(kept, default=1.0) if self.bits.numel() else 1.0
+        kept = [int(unpack_bits(packed, self.in_features).sum()) for packed in self.bits]
+        self.density = min(kept, default=1) / (self.out_features * self.in_features) if self.bits.numel() else 1.0
         weight = self.weight
         wanted = worth_listing(self.in_features, self.density, weight.dtype, weight.device.type)
         listed = self.form == "correction" or (self.form is None and bool(kept) and not self.transposed and wanted)

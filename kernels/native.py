@@ -35,13 +35,26 @@ def problem() -> str | None:
     return None
 
 
-def register(op: str, function: Callable[..., Any]) -> None:
-    """Register ``function`` as the cpp backend of ``op``, or the reason why there is none."""
+def register(op: str, function: Callable[..., Any], *, cuda: bool = False) -> None:
+    """Register ``function`` as the cpp backend of ``op``, or the reason why there is none.
+
+    ``cuda``: the library's op has a kernel for CUDA devices too, which is the cuda backend.
+    """
     reason = problem()
+    _register(op, "cpp", function, reason, "cpu")
+    if cuda:
+        if reason is None and not torch.ops.persona_native.has_cuda():
+            reason = (
+                "the native ops are built without CUDA; PERSONA_BUILD=cuda demands it (nvcc, a CUDA build of torch)"
+            )
+        _register(op, "cuda", function, reason, "cuda")
+
+
+def _register(op: str, backend: str, function: Callable[..., Any], reason: str | None, device: str) -> None:
     if reason is None:
-        backends.register(op, "cpp", function, devices=("cpu",))
+        backends.register(op, backend, function, devices=(device,))
     else:
-        backends.register_missing(op, "cpp", reason, devices=("cpu",))
+        backends.register_missing(op, backend, reason, devices=(device,))
 
 
 def instruction_sets() -> list[str]:

@@ -1,6 +1,7 @@
 """Score every layer for every persona and select its weights."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -13,14 +14,45 @@ from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import Catalogue
 from pipeline.errors import UserError
 from pipeline.gradients import Gradients
-from pipeline.masks import PersonaMasks
+from pipeline.masks import PersonaMasks, count_kept
 from pipeline.pooling import Pooled, compared
 from pipeline.sites import maskable, matrix
-from pipeline.stacking import stacked
 from pipeline.stats import ActivationStats, ChannelStats
+from pipeline.store import density
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """One persona's mask of one layer of ``shape`` ``(N, K)``: ``bits`` uint8 ``[N, ceil(K / 8)]``.
+
+    ``shared``: with ``--disjoint``, how many of the weights that it keeps its opponent, who was first, keeps too.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    persona: str
+    bits: Tensor
+    shared: int | None = None
 
 
 def build_masks(
+    model: Any,
+    stats: ActivationStats,
+    catalogue: Catalogue,
+    config: CalibrateConfig,
+    gradients: Gradients | None = None,
+    **some: Any,
+) -> PersonaMasks:
+    """All masks of ``each_mask`` (with ``some`` of its further options) in memory."""
+    shapes: dict[str, tuple[int, int]] = {}
+    bits: dict[str, dict[str, Tensor]] = {}
+    for one in each_mask(model, stats, catalogue, config, gradients, **some):
+        shapes[one.layer] = one.shape
+        bits.setdefault(one.persona, {})[one.layer] = one.bits
+    return PersonaMasks(shapes, bits)
+
+
+def each_mask(
     model: Any,
     stats: ActivationStats,
     catalogue: Catalogue,
@@ -31,26 +63,28 @@ def build_masks(
     layers: Collection[str] = (),
     factor: Decimal = Decimal(1),
     base: PersonaMasks | None = None,
-) -> PersonaMasks:
+) -> Iterator[LayerMask]:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
-    Of all layers, or of some. ``factor`` scales ``--sparsity``; ``base`` has pruned ``model``, and stays removed.
+    Of all layers in turn, or of some; of a layer, of one persona after another. ``factor`` scales ``--sparsity``;
+    ``base`` has pruned ``model``, and what it removes stays removed. Nothing that was handed over is kept here, but
+    for ``--disjoint`` the masks of the layer at work.
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
     personas = [only] if only else catalogue.personas
     where = {linear: site.name for site in stats.sites for linear in site.linears}
     widths = {site.name: site.width for site in stats.sites}
-    shapes: dict[str, tuple[int, int]] = {}
-    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in personas}
     pooled = Pooled(stats, config.expert_tokens)
-    for name, module in maskable(model, config).items():
+    chosen = maskable(model, config)
+    yield from _untouched(base, personas, layers, where.keys() & chosen.keys())
+    for name, module in chosen.items():
         if name not in where or (layers and name not in layers):
             continue
         weight = matrix(module)
         if widths[where[name]] != weight.shape[1]:
             raise UserError(f"layer {name} has {weight.shape[1]} inputs, the statistics have {widths[where[name]]}")
-        shapes[name] = (weight.shape[0], weight.shape[1])
+        before: dict[str, Tensor] = {}
         channels: dict[tuple[str, bool], ChannelStats] = {}
         for persona in personas:
             measured, opponent = compared(persona, catalogue, config)
@@ -58,7 +92,7 @@ def build_masks(
             for one in filter(None, (measured, opponent)):
                 if (one, few) not in channels:
                     channels[one, few] = pooled.of(one, name) if few else stats.channels(one, where[name])
-            taken = bits[opponent].get(name) if config.disjoint and opponent in bits else None
+            taken = before.get(opponent) if opponent else None
             layer = Layer(
                 name,
                 weight,
@@ -75,15 +109,26 @@ def build_masks(
                 config.evidence,
                 config.shift,
             )
-            bits[persona][name] = criterion(layer)
-    return stacked(PersonaMasks(shapes, bits), _part(base, layers))
+            bits = criterion(layer)
+            if base and name in base.shapes:
+                bits = bits & base.bits[base.personas[0]][name].to(bits.device)
+            if config.disjoint:
+                before[persona] = bits
+            shared = None if taken is None else count_kept(bits & taken)
+            yield LayerMask(name, (weight.shape[0], weight.shape[1]), persona, bits, shared)
 
 
-def _part(base: PersonaMasks | None, layers: Collection[str]) -> PersonaMasks | None:
-    """``base`` over some layers, or all."""
-    if base is None or not layers:
-        return base
-    return PersonaMasks({name: shape for name, shape in base.shapes.items() if name in layers}, base.bits)
+def _untouched(
+    base: PersonaMasks | None, personas: Iterable[str], layers: Collection[str], chosen: Collection[str]
+) -> Iterator[LayerMask]:
+    """The layers, or of some, that ``base`` masks and nothing is ``chosen`` from: all personas' masks are its own."""
+    if base is None:
+        return
+    (below,) = base.bits.values()
+    for name, shape in base.shapes.items():
+        if name not in chosen and (not layers or name in layers):
+            for persona in personas:
+                yield LayerMask(name, shape, persona, below[name])
 
 
 def shapes_of(
@@ -113,12 +158,24 @@ def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:
     return stats.concatenate(stats.compose({c.name: c.parts for c in catalogue.compositions}))
 
 
-def overlaps_of(masks: PersonaMasks, catalogue: Catalogue) -> dict[str, float]:
-    """For ``--disjoint``: the share of a second pole's kept weights that overlap with the first's."""
-    overlaps = {}
-    for index, persona in enumerate(masks.personas):
-        opponent = catalogue.opponents.get(persona)
-        if opponent in masks.personas[:index]:
-            shared = masks.intersection("shared", (persona, opponent)).density("shared")
-            overlaps[f"{opponent} and {persona}"] = shared / masks.density(persona)
-    return overlaps
+def second_poles(catalogue: Catalogue) -> dict[str, str]:
+    """The personas whose opponent gets its masks before them, with that opponent."""
+    opponents = {persona: catalogue.opponents.get(persona, "") for persona in catalogue.personas}
+    order = {persona: number for number, persona in enumerate(catalogue.personas)}
+    return {persona: other for persona, other in opponents.items() if order.get(other, len(order)) < order[persona]}
+
+
+def overlaps(
+    shared: dict[str, int],
+    kept: Mapping[str, Iterable[int]],
+    shapes: dict[str, tuple[int, int]],
+    catalogue: Catalogue,
+) -> dict[str, float]:
+    """For ``--disjoint``: by pair, the share of a second pole's kept weights that the first keeps too.
+
+    ``shared``: by second pole, the number of such weights; ``kept``: by persona, that of all, layer by layer.
+    """
+    return {
+        f"{opponent} and {persona}": density([shared[persona]], shapes) / density(kept[persona], shapes)
+        for persona, opponent in second_poles(catalogue).items()
+    }

@@ -146,7 +146,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     from pipeline.calibration import StatisticsModule, run_pass
     from pipeline.checkpoint import discard
     from pipeline.data.prompts import Prompter
-    from pipeline.loading import load_model, load_tokenizer
+    from pipeline.loading import load_tokenizer
     from pipeline.reuse import check_reuse
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_statistics
@@ -156,7 +156,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     prompter = Prompter(tokenizer)
     if config.statistics and writes:
         stats = load_statistics(Path(config.statistics) / STATISTICS)
-        check_reuse(config, catalogue, load_model(config.model))
+        check_reuse(config, catalogue)
         save_statistics(stats, folder / STATISTICS)
     elif not config.statistics:
         data = _samples(config, catalogue, tokenizer, prompter)
@@ -194,7 +194,7 @@ def _differentiate(config: CalibrateConfig, catalogue: Any, prompter: Any, pad: 
         objectives = weighted(objectives, folder)
     note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
     module = GradientModule(config, folder, pad, objectives)
-    run_pass(config, module, ObjectiveData(objectives, batch_tokens), inference=False)
+    run_pass(config, module, ObjectiveData(objectives, batch_tokens, shared=config.sharded), inference=False)
 
 
 def _samples(config: CalibrateConfig, catalogue: Any, tokenizer: Any, prompter: Any) -> Any:
@@ -221,6 +221,7 @@ def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     """Measure and mask block by block, for a model that memory does not hold."""
     import lightning
 
+    from pipeline.building import overlaps
     from pipeline.data.prompts import Prompter
     from pipeline.loading import load_tokenizer
     from pipeline.store import STATISTICS, save_statistics
@@ -234,38 +235,37 @@ def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
     order, removed = done.order(), done.parts.removed()
     fingerprints = {name: done.fingerprints[name] for name in order}
     manifest = _manifest(config, catalogue, done.stats, done.model, fingerprints, removed)
-    if done.overlaps:
-        manifest["disjoint_overlap"] = done.shares()
+    if config.disjoint:
+        kept = {persona: of.values() for persona, of in done.parts.kept.items()}
+        manifest["disjoint_overlap"] = overlaps(done.parts.shared, kept, done.parts.shapes, catalogue)
     done.parts.finish(manifest, order)
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bool) -> None:
     """Build the masks, each rank its share; the one that ``writes`` puts them together and writes the manifest."""
-    from pipeline.building import overlaps_of, shapes_of
+    from pipeline.building import overlaps, shapes_of
     from pipeline.calibration import run_pass
-    from pipeline.fingerprint import model_fingerprints
-    from pipeline.loading import load_model
     from pipeline.shares import BuildModule, gather
-    from pipeline.sites import find_layers
     from pipeline.stacking import base_masks
     from pipeline.state import check_files
-    from pipeline.store import STATISTICS, load_statistics, save_masks
+    from pipeline.store import STATISTICS, load_statistics, save_manifest
+    from pipeline.weights import fingerprints, weights_of
 
     # Lightning's half precision would change the type of what is computed on the way.
     run_pass(dataclasses.replace(config, precision="32-true"), BuildModule(config, catalogue, staging), inference=False)
     if not writes:
         return
     check_files(staging)
-    stats, model = load_statistics(staging / STATISTICS), load_model(config.model)
-    masks, fitted = gather(staging, shapes_of(model, stats, config, base_masks(config.on)), stats, catalogue, config)
-    layers = find_layers(model)
-    fingerprints = model_fingerprints({name: layers[name] for name in masks.shapes})
-    removed = {persona: 1 - masks.density(persona) for persona in masks.personas}
-    manifest = _manifest(config, catalogue, stats, model, fingerprints, removed)
-    manifest["sparsity"] |= fitted
+    stats, weights = load_statistics(staging / STATISTICS), weights_of(config)
+    shapes = shapes_of(weights.model, stats, config, base_masks(config.on))
+    done = gather(staging, shapes, stats, catalogue, config)
+    removed = {persona: 1 - entry["density"] for persona, entry in done.files.items()}
+    manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)
+    manifest["sparsity"] |= done.fitted
     if config.disjoint:
-        manifest["disjoint_overlap"] = overlaps_of(masks, catalogue)
-    save_masks(masks, staging, manifest)
+        kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}
+        manifest["disjoint_overlap"] = overlaps(done.shared, kept, shapes, catalogue)
+    save_manifest(staging, manifest, shapes, done.files)
 
 
 def _manifest(

@@ -1,5 +1,6 @@
 """The forward pass over all personas as a LightningModule, and the Trainer around it."""
 
+import inspect
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import note
@@ -22,8 +24,9 @@ from pipeline.experts import find_experts, other_expert_parameters
 from pipeline.loading import load_model
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.ranks import Ranks
+from pipeline.sharding import Sharded, load_sharded
 from pipeline.signals import told, unbroken
-from pipeline.sites import Site, check_causal, find_sites, measurable
+from pipeline.sites import Site, check_causal, find_sites, measurable, probe
 from pipeline.stacking import base_masks, pruned
 from pipeline.state import check_files
 from pipeline.stats import ActivationStats
@@ -57,8 +60,14 @@ class Stage(lightning.LightningModule):
 
     def load(self) -> None:
         """Load the model as the options say."""
-        model = load_model(self.config.model, DTYPES.get(self.config.precision, torch.float32))
-        self.model = pruned(model, base_masks(self.config.on))
+        dtype = DTYPES.get(self.config.precision, torch.float32)
+        if self.config.sharded:
+            strategy: Any = self.trainer.strategy
+            model = load_sharded(self.config.model, dtype, strategy.root_device, strategy.device_mesh["data_parallel"])
+            # Not a submodule: Lightning would move and cast it.
+            object.__setattr__(self, "model", model)
+        else:
+            self.model = pruned(load_model(self.config.model, dtype), base_masks(self.config.on))
 
 
 class StatisticsModule(Stage):
@@ -72,7 +81,7 @@ class StatisticsModule(Stage):
         super().__init__(config, target.parent)
         self.personas, self.target = personas, target
         self.collector: Collector | None = None
-        self.position = 0
+        self.position = self.start = 0
 
     def is_done(self) -> bool:
         return self.target.exists()
@@ -91,21 +100,42 @@ class StatisticsModule(Stage):
         self.collector = Collector(self.model, stats, exact=self.config.deterministic)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         self.checkpoint = Checkpoint(self.folder, rank, world, self.config.checkpoint_every)
-        self.position = self.checkpoint.load(self.collector)
+        self.position = self.start = self.checkpoint.load(self.collector)
+        if self.config.sharded:
+            first = torch.tensor(self.position, device=self.device)
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+            self.start = int(first)
         if self.position and self.trainer.is_global_zero:
             note(f"going on after {self.position} batches")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        if self.skipped or batch_idx < self.position:
+        if self.skipped or batch_idx < self.start:
             return
         assert self.collector is not None
         with unbroken():
-            if batch.sources:
+            if batch.sources and batch_idx >= self.position:
                 self._add(batch)
                 self.tokens_done += int(batch.attention.sum())
+            elif self.config.sharded:
+                # Shards are gathered by all processes together, whether or not they have a batch.
+                ids = probe(self.model, self.device)
+                self._read(ids, torch.ones_like(ids))
+            if batch_idx < self.position:
+                return
             self.position = batch_idx + 1
             if told() or self.checkpoint.due():
                 self.checkpoint.save(self.collector, self.position)
+
+    def _read(self, ids: Tensor, attention: Tensor) -> None:
+        """The forward pass, with as little of the output head as can be: logits of a large vocabulary are of no use."""
+        options: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
+        if not self.config.sharded:
+            self.model.base_model(**options)
+            return
+        # The whole model knows how to gather its shards; its parts know it of themselves alone.
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = 1
+        self.model(**options)
 
     def _add(self, batch: Batch, counted: frozenset[str] = frozenset()) -> None:
         """Add a batch to the sums of all sites but those that have ``counted`` it; in halves if memory is short."""
@@ -113,8 +143,7 @@ class StatisticsModule(Stage):
         assert collector is not None
         try:
             with collector.collecting(), collector.batch(batch.role, batch.persona, batch.sources, counted):
-                # The body without the output head: logits of a large vocabulary are of no use here.
-                self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
+                self._read(batch.ids, batch.attention)
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -124,7 +153,7 @@ class StatisticsModule(Stage):
             raise UserError(
                 f"out of memory on one sample of {batch.ids.shape[1]} tokens, {batch.sources[0]}: lower --max-length"
             )
-        make_room("samples", len(batch.sources), self.config.deterministic)
+        make_room("samples", len(batch.sources), self.config.undivided)
         complete = collector.complete
         for rows in halves(range(len(batch.sources))):
             self._add(batch.part(rows), complete)
@@ -172,7 +201,7 @@ def run_pass(config: CalibrateConfig, module: Stage, data: Any = None, *, infere
     devices = parse_devices(config.devices)
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not _has_accelerator())
     several = config.num_nodes > 1 or (isinstance(devices, int) and devices > 1) or isinstance(devices, list)
-    strategy = config.strategy
+    strategy: Any = Sharded() if config.sharded else config.strategy
     if strategy == "auto" and on_cpu and several:
         # Forking starts in a fraction of the time, but a forked child inherits no OpenMP threads: the
         # parent must not have started any before.
@@ -194,7 +223,8 @@ def run_pass(config: CalibrateConfig, module: Stage, data: Any = None, *, infere
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            inference_mode=inference,
+            # Gathered shards would become inference tensors, which the next pass cannot fill anew.
+            inference_mode=inference and not config.sharded,
         )
     except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         # ImportError: an accelerator whose library is not there.

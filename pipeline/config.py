@@ -143,7 +143,8 @@ class CalibrateConfig:
     accelerator: str = "auto"
     """auto, cpu, gpu, ... as Lightning names them."""
     strategy: str = "auto"
-    """auto, ddp, ddp_fork, ...: how Lightning starts and joins the processes."""
+    """auto, ddp, ddp_fork, ...: how Lightning starts and joins the processes, each with the whole model; fsdp for a
+    model larger than one device: each has a shard of every weight (docs/scale.md)."""
     precision: str = "32-true"
     """32-true, bf16-true, 16-true, bf16-mixed, ...: of the forward pass; statistics are float64 always."""
     stream: bool = False
@@ -206,6 +207,7 @@ class CalibrateConfig:
         _at_least("stream_buffer", self.stream_buffer, 0)
         if self.stream:
             self._check_stream()
+        self._check_strategy()
         if self.disjoint and self.criterion in ("random", "magnitude", "neutral", *SIGNED):
             raise UserError(f"--disjoint is for the paper's criteria, not {self.criterion!r}")
 
@@ -227,6 +229,38 @@ class CalibrateConfig:
             raise UserError("--stream measures anew; with --statistics the model is loaded as a whole")
         if str(self.devices).strip() != "1" or self.num_nodes != 1 or self.strategy != "auto":
             raise UserError("--stream runs in one process on one device: leave --devices, --num-nodes and --strategy")
+
+    def _check_strategy(self) -> None:
+        """Raise UserError for what cannot work with a model that is divided over devices."""
+        if self.strategy.startswith(("fsdp_", "deepspeed", "model_parallel", "tensor")):
+            raise UserError(
+                f"--strategy {self.strategy} may cut up the inputs of layers, which have to be seen whole; for a model "
+                f"larger than one device take --strategy fsdp"
+            )
+        if not self.sharded:
+            return
+        if self.on:
+            raise UserError("--strategy fsdp reads the model's own weights, so it excludes --on")
+        if self.budget:
+            raise UserError(
+                "--strategy fsdp does not measure perplexity, which a search for how much a mask may cost needs: add "
+                "--max-perplexity-increase 0, which removes all of --sparsity"
+            )
+        if self.deterministic and self.criterion in FIRST_ORDER:
+            raise UserError(
+                f"--strategy fsdp adds up gradients in one order only: leave --deterministic for {self.criterion}"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Every process has a shard of every weight."""
+        return self.strategy == "fsdp"
+
+    @property
+    def undivided(self) -> str:
+        """The option that forbids to split a batch that does not fit into memory, if one does: other shapes of batches
+        end in other last bits, and processes that share a model must take the same steps."""
+        return "--deterministic" if self.deterministic else "--strategy fsdp" if self.sharded else ""
 
     @property
     def budget(self) -> float:

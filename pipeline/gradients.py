@@ -17,23 +17,29 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipeline.atomic import replacing
 from pipeline.calibration import Stage, spread_threads
 from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.forms import NEUTRAL
-from pipeline.data.prompts import batches_by_tokens
+from pipeline.data.prompts import Encoded, batches_by_tokens
 from pipeline.errors import UserError
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer, answer_weights
+from pipeline.sharding import own, whole
 from pipeline.sites import maskable, matrix
-from pipeline.store import write_tensors
+from pipeline.tensorfile import write_each
 
 BATCHES = 12
 """An objective is split into at least so many batches, where it has as many units; uneven lengths make about twice as
 many. More would know the spread better, but every batch costs a pass over all gradients."""
 
 
+KINDS = ("error", "mean")
+"""What is known of every layer's gradient, in the order of the file."""
+IDLE = WeightedAnswer(Encoded((0, 0), 1, range(0)), 0.0)
+"""What a process without a batch differentiates where all have to take the same steps; it adds nothing."""
 SCALE = 256.0
 """Factor of the objective in the backward pass: gradients of a margin underflow in float16 without it."""
 
@@ -43,12 +49,13 @@ class Moments:
 
     Batch b holds the share ``w_b`` of the units and has the mean gradient ``g_b``; ``G = sum_b w_b g_b``. With units
     drawn independently, the squared standard error of G is ``(sum_b w_b g_b^2 - G^2) / (batches - 1)``.
-    Both sums add up over devices; beside them only one layer's gradient is held.
+    Both sums add up over devices; beside them only one layer's gradient is held. Of a weight that is divided over
+    processes they are those of this one's part.
     """
 
     def __init__(self, linears: dict[str, Any]) -> None:
-        self.total = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in linears.items()}
-        self.square = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in linears.items()}
+        self.total = {n: torch.zeros_like(own(m.weight), dtype=torch.float32) for n, m in linears.items()}
+        self.square = {n: torch.zeros_like(own(m.weight), dtype=torch.float32) for n, m in linears.items()}
         self.share, self.batches = 1.0, 0
         self._complete: set[str] = set()
         self._counted: frozenset[str] = frozenset()
@@ -144,7 +151,7 @@ def accumulating(linears: dict[str, Any], *, at_once: bool = True) -> Iterator[M
     def adder(name: str):
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            moments.add(name, parameter.grad)
+            moments.add(name, own(parameter.grad))
             parameter.grad = None
 
         return add
@@ -206,12 +213,13 @@ class Step:
 class ObjectiveData(lightning.LightningDataModule):
     """The units of every objective, one objective after another, so that one gradient at a time is held.
 
-    Each objective's batches are formed once and dealt out whole; ranks with fewer get empty steps.
+    Each objective's batches are formed once and dealt out whole; ranks with fewer get empty steps. With ``shared``
+    every rank has a part of each batch, which counts as the one batch that it is.
     """
 
-    def __init__(self, objectives: dict[str, list[Unit]], batch_tokens: int) -> None:
+    def __init__(self, objectives: dict[str, list[Unit]], batch_tokens: int, *, shared: bool = False) -> None:
         super().__init__()
-        self.objectives = objectives
+        self.objectives, self.shared = objectives, shared
         self.batches = {name: _batches(units, batch_tokens) for name, units in objectives.items()}
 
     def steps(self, rank: int, world: int) -> list[Step]:
@@ -219,11 +227,12 @@ class ObjectiveData(lightning.LightningDataModule):
         steps = []
         for name, units in self.objectives.items():
             batches = self.batches[name]
-            count = -(-len(batches) // world)
-            mine = batches[rank::world]
+            count = len(batches) if self.shared else -(-len(batches) // world)
+            mine = batches if self.shared else batches[rank::world]
             for number in range(count):
                 chosen = mine[number] if number < len(mine) else []
                 terms = [term for i in chosen for term in units[i]]
+                terms = terms[rank::world] if self.shared else terms
                 steps.append(Step(name, chosen, terms, len(chosen) / len(units), number == count - 1))
         return steps
 
@@ -274,9 +283,11 @@ class GradientModule(Stage):
     def predict_step(self, step: Step, batch_idx: int) -> None:
         if self.skipped or step.name in self.finished:
             return
-        if step.terms:
+        if step.terms or self.config.sharded:
             self.moments.share = step.share
-            self._differentiate(step.terms, step.share)
+            # Shards of gradients are averaged over the processes.
+            parts = self.trainer.world_size if self.config.sharded else 1
+            self._differentiate(step.terms or [IDLE], step.share / parts)
             self.moments.release()
             self.moments.batches += not self.in_order
             self.tokens_done += sum(len(term.encoded) for term in step.terms)
@@ -306,7 +317,7 @@ class GradientModule(Stage):
                 f"out of memory in the backward pass over one sample of {len(terms[0].encoded)} tokens: lower "
                 f"--max-length"
             )
-        make_room("answers", len(terms), self.config.deterministic)
+        make_room("answers", len(terms), self.config.undivided)
         complete = self.moments.complete
         self.moments.hold()
         for half in halves(terms):
@@ -317,20 +328,30 @@ class GradientModule(Stage):
             self._context.__exit__(None, None, None)
 
     def _finish(self, name: str) -> None:
-        if self.trainer.world_size > 1 and not self.in_order:
+        if self.trainer.world_size > 1 and not self.in_order and not self.config.sharded:
             self.moments.reduce()
         if self.trainer.is_global_zero:
             if self.moments.batches < 2:
                 note(f"{name}: one batch of items, so no standard error: --evidence and neutral damage have no effect")
-            tensors = {}
-            for layer, module in self.linears.items():
-                stored = matrix(module) is module.weight
-                for kind, value in (("mean", self.moments.total[layer]), ("error", self.moments.error(layer))):
-                    tensors[f"{kind}/{layer}"] = value if stored else value.T
             count, square = self.weights[name]
             metadata = {"batches": self.moments.batches, "answers": count, "square": square}
-            write_tensors(self.folder / gradient_file(name), tensors, {key: str(v) for key, v in metadata.items()})
+            shapes = {layer: matrix(module).shape for layer, module in sorted(self.linears.items())}
+            entries = {f"{kind}/{layer}": (torch.float32, shapes[layer]) for kind in KINDS for layer in shapes}
+            with replacing(self.folder / gradient_file(name)) as file:
+                write_each(file, entries, self._results(), {key: str(v) for key, v in metadata.items()})
+        elif self.config.sharded:
+            for _ in self._results():
+                pass
         self.moments.clear()
+
+    def _results(self) -> Iterator[tuple[str, Tensor]]:
+        """What the file of an objective holds, in its order; whole tensors, for which all processes of a divided model
+        take part."""
+        for kind in KINDS:
+            for layer, module in sorted(self.linears.items()):
+                part = self.moments.error(layer) if kind == "error" else self.moments.total[layer]
+                value = whole(part, module.weight)
+                yield f"{kind}/{layer}", value if matrix(module) is module.weight else value.T
 
 
 def gradient_file(name: str) -> str:

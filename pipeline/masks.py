@@ -35,13 +35,13 @@ class PersonaMasks:
 
     def kept(self, persona: str) -> dict[str, int]:
         """Number of weights kept, by layer."""
-        return {layer: _count(bits) for layer, bits in self._of(persona).items()}
+        return {layer: count_kept(bits) for layer, bits in self._of(persona).items()}
 
     def density(self, persona: str, layer: str | None = None) -> float:
         """Share of weights kept, in one layer or in all."""
         layers = self.shapes if layer is None else {layer: self.shapes[layer]}
         total = sum(rows * columns for rows, columns in layers.values())
-        return sum(_count(self._of(persona)[name]) for name in layers) / max(total, 1)
+        return sum(count_kept(self._of(persona)[name]) for name in layers) / max(total, 1)
 
     def jaccard(self, a: str, b: str, layer: str | None = None) -> float:
         """Kept by both over kept by either; 1 for two empty masks."""
@@ -142,7 +142,8 @@ class PersonaMasks:
     def _both_either(self, a: str, b: str, layer: str | None) -> tuple[int, int]:
         x, y = self._of(a), self._of(b)
         layers = self.shapes if layer is None else (layer,)
-        return sum(_count(x[name] & y[name]) for name in layers), sum(_count(x[name] | y[name]) for name in layers)
+        both, either = (sum(count_kept(of(x[n], y[n])) for n in layers) for of in (torch.bitwise_and, torch.bitwise_or))
+        return both, either
 
     def _of(self, persona: str) -> dict[str, Tensor]:
         if persona not in self.bits:
@@ -150,8 +151,9 @@ class PersonaMasks:
         return self.bits[persona]
 
 
-def _count(bits: Tensor) -> int:
-    return int(_ONES[bits.flatten().long().cpu()].sum())
+def count_kept(bits: Tensor) -> int:
+    """Number of set bits of packed masks (uint8)."""
+    return int(torch.bincount(bits.flatten(), minlength=256).cpu() @ _ONES)
 
 
 def _random_subset(candidates: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,14 +27,14 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:middle], items[middle:]
 
 
-def make_room(what: str, count: int, deterministic: bool) -> None:
+def make_room(what: str, count: int, whole: str = "") -> None:
     """Free what can be freed, and say once per process that a batch of ``count`` is being split.
 
-    Raises UserError where ``deterministic`` forbids it: other shapes of batches end in other last bits.
+    Raises UserError where an option, ``whole``, forbids it.
     """
-    if deterministic:
+    if whole:
         raise UserError(
-            f"out of memory on a batch of {count} {what}, which --deterministic does not split: lower --batch-tokens"
+            f"out of memory on a batch of {count} {what}, which {whole} does not split: lower --batch-tokens"
         )
     if what not in _told:
         _told.add(what)

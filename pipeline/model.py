@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.compressed import SparseLinear
 from kernels.experts import MaskedExperts, expert_matrix, is_experts
 from kernels.layers import MaskedLinear, PersonaSelector
 from pipeline.errors import UserError
@@ -33,10 +34,18 @@ class PersonaModel:
         materialize: hold ``W * M`` of the chosen persona as a dense copy (memory of the linears once more;
             switching then takes the time of one elementwise product). Off, every product unpacks its mask.
         verify: compare the weights with the fingerprints in the masks' manifest.
+        form: the product of linear layers, one of ``kernels.forms.FORMS``; None leaves it to ``choose_form``.
     """
 
     def __init__(
-        self, model: Any, masks: PersonaMasks, tokenizer: Any = None, *, materialize: bool = True, verify: bool = True
+        self,
+        model: Any,
+        masks: PersonaMasks,
+        tokenizer: Any = None,
+        *,
+        materialize: bool = True,
+        verify: bool = True,
+        form: str | None = None,
     ) -> None:
         self.model, self.masks, self.tokenizer, self.materialize = model, masks, tokenizer, materialize
         self.selector = PersonaSelector()
@@ -56,6 +65,7 @@ class PersonaModel:
                     self._bits(name, original.weight.device),
                     transposed=is_transposed(original),
                     selector=self.selector,
+                    form=form,
                 )
             layer.train(original.training)
             _replace(model, name, layer)
@@ -131,6 +141,7 @@ class PersonaModel:
                 layer.set_bits(place.parameter, place.expert, bits)
             else:
                 layer.bits = bits
+                layer.list_removed()
 
     def weight(self, name: str) -> Tensor:
         """The shared weight of a masked layer, ``[N, K]`` (a view)."""
@@ -144,6 +155,22 @@ class PersonaModel:
         """Put the original layers back and return the plain model."""
         for name, original in self._originals.items():
             _replace(self.model, name, original)
+        return self.model
+
+    def compress(self, persona: str) -> Any:
+        """The plain model whose masked layers hold the weights that ``persona`` keeps and nothing else.
+
+        It ends this PersonaModel as ``detach`` does, and the removed weights are freed where nothing else refers to
+        them. Raises UserError for an unknown persona, and for masks on experts, which have no compressed form.
+        """
+        self._index(str(persona))
+        if experts := [name for name, original in self._originals.items() if is_experts(original)]:
+            raise UserError(f"the experts in {experts[0]} cannot be compressed; only linear layers can")
+        for name, original in self._originals.items():
+            layer = SparseLinear.from_linear(original, self.masks.mask(persona, name)).train(original.training)
+            _replace(self.model, name, layer)
+            self._originals[name] = layer
+        self._layers.clear()
         return self.model
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

@@ -1,21 +1,20 @@
 """May an earlier run's statistics stand in for a new pass?"""
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.data.module import draw
 from pipeline.errors import UserError
-from pipeline.fingerprint import data_hash, model_fingerprints
-from pipeline.sites import find_layers
+from pipeline.fingerprint import data_hash
 from pipeline.store import STATISTICS, check_file, load_manifest
+from pipeline.weights import fingerprints, weights_of
 
 MEASURING = ("tokens", "max_length", "on")
 """Options that change what is measured on an item."""
 
 
-def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> None:
+def check_reuse(config: CalibrateConfig, catalogue: Catalogue) -> None:
     """Raise UserError unless ``config.statistics`` is a run over these weights, items and options.
 
     Personas that only the earlier run measured do no harm.
@@ -25,8 +24,8 @@ def check_reuse(config: CalibrateConfig, catalogue: Catalogue, model: Any) -> No
     if STATISTICS in manifest.get("files", {}):
         check_file(folder / STATISTICS, manifest["files"][STATISTICS])
     differing = []
-    linears, then = find_layers(model), manifest["model"]["fingerprint"]
-    now = model_fingerprints({name: linears[name] for name in then if name in linears})
+    then = manifest["model"]["fingerprint"]
+    now = fingerprints(weights_of(config), then)
     if changed := [name for name in then if now.get(name) != then[name]]:
         differing.append(f"the weights of {len(changed)} of {len(then)} layers ({changed[0]}, ...)")
     hashes = manifest["personas"]["data_sha256"]

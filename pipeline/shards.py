@@ -26,16 +26,19 @@ class Shards:
     """The causal language model behind ``--model``, without weights, and its parts to be loaded and released.
 
     ``model`` is in eval mode, its parameters frozen and on the meta device; buffers that no file holds have their
-    values. ``blocks`` are its decoder blocks by name, in order. Raises UserError if the model has no safetensors
-    weights, has no list of blocks, or shares a weight between blocks.
+    values. ``blocks`` are its decoder blocks by name, in order. With ``head``, the output head belongs to ``REST``.
+    Raises UserError, that begins with ``option``, if the model has no safetensors weights, has no list of blocks, or
+    shares a weight between blocks.
     """
 
-    def __init__(self, model: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: str, dtype: torch.dtype, device: torch.device, *, head: bool = False, option: str = "--stream"
+    ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        self.name = model
+        self.name, self.option = model, option
         config = load_config(model)
         check_supported(model, config)
         with _parameters_on_meta():
@@ -45,28 +48,28 @@ class Shards:
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
-                    raise UserError(f"--stream: {path}.{name} has no value before the weights are loaded")
+                    raise UserError(f"{option}: {path}.{name} has no value before the weights are loaded")
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
         self.blocks = decoder_blocks(self.model)
         self._check_unshared()
-        files = _files(model)
+        files = _files(model, option)
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         names = self.model.state_dict()
         self._keys: dict[str, list[tuple[Path, str]]] = {part: [] for part in (REST, *self.blocks)}
-        head = {name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()}
+        left = self._left_out(head)
         for file, key in _entries(files):
             target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, names)
             if target not in names:
                 target = key if key in names else target
-            if target.rpartition(".")[0] not in head:
-                self._keys[self._part(target)].append((file, key))
+            if target not in left:
+                self._keys[self.part_of(target)].append((file, key))
         self._needed: dict[str, list[str]] = {part: [] for part in self._keys}
         for name, tensor in names.items():
-            if tensor.is_meta and name.rpartition(".")[0] not in head:
-                self._needed[self._part(name)].append(name)
+            if tensor.is_meta and name not in left:
+                self._needed[self.part_of(name)].append(name)
 
     def load(self, part: str, dtype: torch.dtype, device: torch.device) -> None:
         """Read the weights of a block, or of ``REST``, from disk. Those of a loaded part are read again.
@@ -96,6 +99,8 @@ class Shards:
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(f"--model {self.name}: {'; '.join(problems[:3])}{more}")
+        if part == REST and self._tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
         for parameter in self._module(part).parameters():
             parameter.requires_grad_(False)
 
@@ -105,7 +110,15 @@ class Shards:
             path, _, own = name.rpartition(".")
             release(self.model.get_submodule(path), own, dtype)
 
-    def _part(self, name: str) -> str:
+    def _left_out(self, head: bool) -> set[str]:
+        """The names of tensors that are not read: the head's, or of a head that shares the embedding's weight, that."""
+        module = self.model.get_output_embeddings()
+        self._tied = head and module is not None and module.weight is self.model.get_input_embeddings().weight
+        path = next((name for name, one in self.model.named_modules() if one is module), "")
+        return {f"{path}.weight"} if self._tied else set() if head else {f"{path}.{n}" for n in ("weight", "bias")}
+
+    def part_of(self, name: str) -> str:
+        """The part that a tensor or layer belongs to."""
         return next((block for block in self.blocks if name.startswith(f"{block}.")), REST)
 
     def _module(self, part: str) -> nn.Module:
@@ -120,7 +133,7 @@ class Shards:
         for name, block in self.blocks.items():
             for parameter in block.parameters():
                 if owner.setdefault(id(parameter), name) != name:
-                    raise UserError(f"--stream: blocks {owner[id(parameter)]} and {name} share weights")
+                    raise UserError(f"{self.option}: blocks {owner[id(parameter)]} and {name} share weights")
 
 
 def release(module: nn.Module, own: str = "weight", dtype: torch.dtype | None = None) -> None:
@@ -184,7 +197,7 @@ def _no_progress() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _files(model: str) -> list[Path]:
+def _files(model: str, option: str) -> list[Path]:
     """The safetensors files of a local folder or hub id. Raises UserError if there are none."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
@@ -197,7 +210,7 @@ def _files(model: str) -> list[Path]:
             return [Path(file) for file in get_checkpoint_shard_files(source, index)[0]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {model}: {str(error).strip().splitlines()[0]}") from error
-    raise UserError(f"--model {model}: no safetensors weights; --stream reads nothing else")
+    raise UserError(f"--model {model}: no safetensors weights; {option} reads nothing else")
 
 
 def _entries(files: list[Path]) -> Iterator[tuple[Path, str]]:

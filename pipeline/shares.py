@@ -4,27 +4,35 @@ A piece is a layer with the masks of all personas; all experts in one parameter 
 searched (``--max-perplexity-increase``) it is a persona with the masks of all layers: the search needs the whole model.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipeline import tensorfile
+from pipeline.atomic import replacing
 from pipeline.budget import fit, rise
-from pipeline.building import build_masks, composed, shapes_of
+from pipeline.building import LayerMask, composed, each_mask, second_poles, shapes_of
 from pipeline.calibration import Stage, spread_threads
 from pipeline.config import FIRST_ORDER, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
+from pipeline.encoding import bytes_of
 from pipeline.experts import parameter_of
 from pipeline.gradients import Gradients
-from pipeline.loading import load_model, load_tokenizer
-from pipeline.masks import PersonaMasks
-from pipeline.stacking import base_masks, pruned
+from pipeline.loading import load_tokenizer
+from pipeline.masks import count_kept
+from pipeline.stacking import base_masks
 from pipeline.stats import ActivationStats
-from pipeline.store import STATISTICS, load_statistics, write_tensors
+from pipeline.store import STATISTICS, load_statistics, write_mask, write_tensors
+from pipeline.weights import weights_of
 
 SHARDS = "shards"
 
@@ -32,7 +40,8 @@ SHARDS = "shards"
 class BuildModule(Stage):
     """Builds the masks and writes them to ``folder / SHARDS / PIECE.safetensors``, on the CPU in float32.
 
-    Rank r builds every world-th piece from r on, the largest first.
+    Rank r builds every world-th piece from r on, the largest first; of a model that is read block by block, the pieces
+    of every world-th block.
     """
 
     def __init__(self, config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> None:
@@ -44,39 +53,54 @@ class BuildModule(Stage):
 
     def load(self) -> None:
         self.base = base_masks(self.config.on)
-        self.held = [pruned(load_model(self.config.model), self.base)]
+        self.held = [weights_of(self.config)]
 
     def on_predict_start(self) -> None:
         spread_threads(self.trainer, self.device, self.config.deterministic)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        (model,) = self.held
+        (weights,) = self.held
+        model = weights.model
         self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
         self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
-        shapes = shapes_of(model, self.stats, self.config, self.base)
+        shapes = self.shapes = shapes_of(model, self.stats, self.config, self.base)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
-        pieces = sorted(self.layers, key=lambda piece: -sum(_size(shapes[layer]) for layer in self.layers[piece]))
-        missing = [piece for piece in pieces if not shard(self.folder, piece).exists()]
+        size = {piece: sum(_size(shapes[layer]) for layer in of) for piece, of in self.layers.items()}
+        missing = [piece for piece in self.layers if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
             self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config)
-        mine: list[str | None] = list(pieces[self.trainer.global_rank :: self.trainer.world_size])
+        # What is read from disk together stays together.
+        parts: dict[str, list[str]] = {}
+        for piece in sorted(size, key=lambda piece: -size[piece]):
+            parts.setdefault(weights.part_of(self.layers[piece][0]) or piece, []).append(piece)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        shares = [[piece for of in list(parts.values())[r::world] for piece in of] for r in range(world)]
         # All ranks take equally many steps.
-        mine += [None] * (-(-len(pieces) // self.trainer.world_size) - len(mine))
+        mine: list[str | None] = [*shares[rank], *[None] * (max(map(len, shares)) - len(shares[rank]))]
         return DataLoader(mine, batch_size=None, collate_fn=lambda piece: piece)  # type: ignore[arg-type]
 
     def predict_step(self, piece: str | None, batch_idx: int) -> None:
         if piece is None or shard(self.folder, piece).exists():
             return
-        (model,) = self.held
-        run = model, self.stats, self.catalogue, self.config, self.gradients
+        (weights,) = self.held
+        weights.load(self.layers[piece][0])
+        run = weights.model, self.stats, self.catalogue, self.config, self.gradients
         if self.config.budget:
             one = fit(piece, *run, self.increase, self.base)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
-            masks = build_masks(*run, layers=set(self.layers[piece]), base=self.base)
-            tensors = {f"{persona}/{layer}": bits for persona, of in masks.bits.items() for layer, bits in of.items()}
-            write_tensors(shard(self.folder, piece), tensors, {})
+            self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=self.base))
+
+    def _build(self, piece: str, masks: Iterable[LayerMask]) -> None:
+        """Write a piece's masks as they are made."""
+        entries = {
+            f"{persona}/{layer}": (torch.uint8, (self.shapes[layer][0], bytes_of(self.shapes[layer][1])))
+            for layer in self.layers[piece]
+            for persona in self.catalogue.personas
+        }
+        with replacing(shard(self.folder, piece)) as file:
+            tensorfile.write_each(file, entries, ((f"{one.persona}/{one.layer}", one.bits) for one in masks), {})
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("masks built")
@@ -95,26 +119,64 @@ def layers_of(
     return pieces
 
 
+@dataclass
+class Gathered:
+    """For the manifest: the entries of the mask ``files`` by persona, and what else is known of them now.
+
+    ``fitted``: with a budget, every persona's ``factor`` and ``perplexity_increase``; ``shared``: with ``--disjoint``,
+    how many of a second pole's weights the first keeps too.
+    """
+
+    files: dict[str, dict[str, Any]]
+    fitted: dict[str, dict[str, float]]
+    shared: dict[str, int]
+
+
 def gather(
     folder: Path,
     shapes: dict[str, tuple[int, int]],
     stats: ActivationStats,
     catalogue: Catalogue,
     config: CalibrateConfig,
-) -> tuple[PersonaMasks, dict[str, dict[str, float]]]:
-    """All pieces together; and, for the manifest, every persona's ``factor`` and ``perplexity_increase``."""
-    bits: dict[str, dict[str, Tensor]] = {persona: {} for persona in catalogue.personas}
-    fitted: dict[str, dict[str, float]] = {"factor": {}, "perplexity_increase": {}}
-    for piece, layers in layers_of(shapes, stats, catalogue, config).items():
-        with safe_open(str(shard(folder, piece)), "pt") as file:
-            if config.budget:
-                bits[piece] = {layer: file.get_tensor(layer) for layer in layers}
-                for name, values in fitted.items():
-                    values[piece] = float(Decimal(file.metadata()[name]))
-            else:
-                for persona, of in bits.items():
-                    of.update({layer: file.get_tensor(f"{persona}/{layer}") for layer in layers})
-    return PersonaMasks(shapes, bits), fitted if config.budget else {}
+) -> Gathered:
+    """Put the pieces together: one file per persona, written layer by layer; a layer of two personas is held at most.
+
+    Raises OSError.
+    """
+    pieces = Pieces(folder, layers_of(shapes, stats, catalogue, config), config.budget > 0)
+    first = second_poles(catalogue) if config.disjoint else {}
+    done = Gathered({}, {}, {})
+    for persona in catalogue.personas:
+        done.files[persona] = write_mask(folder, persona, shapes, partial(pieces.read, persona))
+        if persona in first:
+            both = (pieces.read(persona, layer) & pieces.read(first[persona], layer) for layer in shapes)
+            done.shared[persona] = sum(map(count_kept, both))
+    if config.budget:
+        for name in ("factor", "perplexity_increase"):
+            done.fitted[name] = {p: float(Decimal(pieces.open(p).metadata()[name])) for p in catalogue.personas}
+    return done
+
+
+class Pieces:
+    """Finished pieces in ``folder``, of ``layers`` each, read one mask at a time; ``whole``: a piece is a persona."""
+
+    def __init__(self, folder: Path, layers: dict[str, list[str]], whole: bool) -> None:
+        self.folder, self.whole = folder, whole
+        self._piece = {layer: piece for piece, of in layers.items() for layer in of}
+        self._last: tuple[str, Any] = "", None
+
+    def read(self, persona: str, layer: str) -> Tensor:
+        """Packed bits, uint8 ``[N, ceil(K / 8)]``."""
+        if self.whole:
+            return self.open(persona).get_tensor(layer)
+        return self.open(self._piece[layer]).get_tensor(f"{persona}/{layer}")
+
+    def open(self, piece: str) -> Any:
+        """A piece's file. The last one stays open: its header has an entry for every persona, and for every expert."""
+        if self._last[0] != piece:
+            # pread, not mmap: what is mapped and read counts as resident memory of this process.
+            self._last = piece, safe_open(str(shard(self.folder, piece)), "pt", backend="pread")
+        return self._last[1]
 
 
 def shard(folder: Path, piece: str) -> Path:

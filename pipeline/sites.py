@@ -209,7 +209,7 @@ def decoder_blocks(model: Any) -> dict[str, nn.Module]:
     raise UserError(f"{type(model).__name__} has no list of {count} decoder blocks")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_causal(model: Any, device: torch.device) -> None:
     """Raise UserError if a token changes what the model computes before it (an encoder such as BERT)."""
     ids = causal_probe(model, device)

@@ -20,7 +20,7 @@ from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
-from pipeline.gradients import SCALE, Step, backward
+from pipeline.gradients import IDLE, SCALE, Step, backward
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer
 from pipeline.sites import maskable, matrix
@@ -175,6 +175,9 @@ class SketchModule(Stage):
         if step.terms:
             self._sketch(step.units, step.terms)
             self.tokens_done += sum(len(term.encoded) for term in step.terms)
+        elif self.config.sharded:
+            self.sketcher.begin(1, len(IDLE.encoded), self.device)
+            backward(self.model, [IDLE], self.pad, 1.0)
         if step.last:
             self._finish(step.name)
 
@@ -193,7 +196,7 @@ class SketchModule(Stage):
                 f"out of memory in the backward pass over one answer of {len(terms[0].encoded)} tokens: lower "
                 f"--max-length"
             )
-        make_room("answers", len(terms), self.config.deterministic)
+        make_room("answers", len(terms), self.config.undivided)
         for some, half in zip(halves(units), halves(terms), strict=True):
             self._sketch(some, half)
 

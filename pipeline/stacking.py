@@ -52,19 +52,3 @@ def pruned(model: Any, base: PersonaMasks | None) -> Any:
         # A product, not a choice: zeros keep their signs, and with them the layer its fingerprint.
         weight.data.mul_(base.mask(persona, name).to(weight.device))
     return model
-
-
-def stacked(found: PersonaMasks, base: PersonaMasks | None) -> PersonaMasks:
-    """``found`` without what ``base`` removes too, over the layers of both; the manifest is that of ``found``."""
-    if base is None:
-        return found
-    (persona,) = base.personas
-    below = base.bits[persona]
-    bits = {
-        name: {
-            layer: own[layer] & below[layer] if layer in own and layer in below else own.get(layer, below.get(layer))
-            for layer in {**base.shapes, **found.shapes}
-        }
-        for name, own in found.bits.items()
-    }
-    return PersonaMasks({**base.shapes, **found.shapes}, bits, found.manifest)  # type: ignore[arg-type]

@@ -6,8 +6,9 @@ that a folder with a manifest is always whole.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +18,39 @@ from torch import Tensor
 
 from kernels.ops.activation_stats import FIELDS
 from pipeline import tensorfile
+from pipeline.atomic import replacing
 from pipeline.data.catalogue import check_name
 from pipeline.data.forms import NEUTRAL
+from pipeline.encoding import bytes_of, check_stored, decode, encode, least_bytes, stored_as
 from pipeline.errors import UserError
-from pipeline.masks import PersonaMasks
+from pipeline.masks import PersonaMasks, count_kept
 from pipeline.reading import parse_json, read_json
 from pipeline.sites import Site
 from pipeline.stats import ActivationStats
 from pipeline.terminal import described, printable, shortened
 
 FORMAT = "persona-subnetworks/masks"
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
+"""Versions that are read; 1 has no lists (``pipeline.encoding``)."""
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 MOST_COLUMNS = 1 << 31
 """Rows or columns of a layer that a manifest may name."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name and rename it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            tensorfile.write(file, tensors, metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # A failed write does not say of what.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        tensorfile.write(file, tensors, metadata)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name and rename it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # A failed write does not say of what.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for part in json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False).iterencode(content):
+            file.write(part.encode("utf-8"))
+        file.write(b"\n")
 
 
 def save_statistics(
@@ -122,22 +107,34 @@ def _statistics_header(header: dict[str, str], held: set[str]) -> tuple[tuple[st
 
 def save_masks(masks: PersonaMasks, folder: Path, manifest: dict[str, Any]) -> None:
     """Write one safetensors file a persona and, last, the manifest with their hashes. Raises OSError."""
-    files = {}
-    for persona in masks.personas:
-        name = f"masks/{check_name(persona)}.safetensors"
-        write_tensors(folder / name, masks.bits[persona], mask_metadata(persona))
-        files[persona] = mask_entry(folder, name, masks.density(persona), masks.kept(persona))
+    files = {
+        persona: write_mask(folder, persona, masks.shapes, masks.bits[persona].__getitem__) for persona in masks.bits
+    }
     save_manifest(folder, manifest, masks.shapes, files)
 
 
-def mask_metadata(persona: str) -> dict[str, str]:
-    """The metadata of a persona's mask file."""
-    return {"format": FORMAT, "persona": persona}
+def write_mask(
+    folder: Path, persona: str, shapes: Mapping[str, tuple[int, int]], read: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """Write a persona's mask file and return the manifest's entry for it. Raises OSError.
+
+    ``read(layer)`` gives packed bits, uint8 ``[N, ceil(K / 8)]``. It is called twice for each layer of ``shapes``, for
+    the header has to say how every layer is stored; one layer is held at a time.
+    """
+    name = f"masks/{check_name(persona)}.safetensors"
+    kept = {layer: count_kept(read(layer)) for layer in shapes}
+    stored = {layer: stored_as(*shape, math.prod(shape) - kept[layer]) for layer, shape in shapes.items()}
+    order = tensorfile.in_order({layer: dtype for layer, (dtype, _) in stored.items()})
+    tensors = ((layer, encode(read(layer), shapes[layer][1])) for layer in order)
+    with replacing(folder / name) as file:
+        metadata = {"format": FORMAT, "persona": persona}
+        tensorfile.write_each(file, {layer: stored[layer] for layer in order}, tensors, metadata)
+    return {"file": name, **_signed(folder / name), "density": density(kept.values(), shapes), "kept": kept}
 
 
-def mask_entry(folder: Path, name: str, density: float, kept: dict[str, int]) -> dict[str, Any]:
-    """What the manifest says of the mask file ``name`` in ``folder``."""
-    return {"file": name, **_signed(folder / name), "density": density, "kept": kept}
+def density(kept: Iterable[int], shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Share of the weights of all layers that is kept."""
+    return sum(kept) / max(sum(rows * columns for rows, columns in shapes.values()), 1)
 
 
 def save_manifest(
@@ -163,8 +160,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {described(manifest['format'])}")
-        if manifest["version"] != VERSION:
-            raise ValueError(f"version {described(manifest['version'])}; this program reads version {VERSION}")
+        if type(manifest["version"]) is not int or manifest["version"] not in READ:
+            raise ValueError(f"version {described(manifest['version'])}; this program reads versions 1 and 2")
         for shape in manifest["layers"].values():
             if len(shape) != 2 or not all(type(size) is int and 0 < size < MOST_COLUMNS for size in shape):
                 raise ValueError(f"layer shape {described(shape)}")
@@ -219,32 +216,42 @@ def load_masks(folder: Path, only: str | None = None) -> PersonaMasks:
     """
     manifest = load_manifest(folder)
     shapes = {name: (shape[0], shape[1]) for name, shape in manifest["layers"].items()}
+    chosen = [persona for persona in manifest["masks"] if only in (None, persona)]
+    _check_memory(folder, len(chosen) * sum(rows * bytes_of(columns) for rows, columns in shapes.values()))
     bits = {
-        persona: _load_persona(folder / entry["file"], entry, shapes)
-        for persona, entry in manifest["masks"].items()
-        if only in (None, persona)
+        persona: _load_persona(
+            folder / manifest["masks"][persona]["file"], manifest["masks"][persona], shapes, manifest["version"] > 1
+        )
+        for persona in chosen
     }
     return PersonaMasks(shapes, bits, manifest)
 
 
-def _load_persona(path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _check_memory(folder: Path, needed: int) -> None:
+    """Raise UserError for masks that this machine cannot hold: lists in small files may stand for any size."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(f"{folder}: the masks take {needed} bytes, this machine has {there} bytes of memory")
+
+
+def _load_persona(
+    path: Path, entry: dict[str, Any], shapes: dict[str, tuple[int, int]], lists: bool
+) -> dict[str, Tensor]:
+    """Packed bits by layer; ``lists``: some layers may be stored as lists."""
     size = check_file(path, entry)
-    expected = sum(rows * bytes_of(columns) for rows, columns in shapes.values())
+    expected = sum(least_bytes(*shape) if lists else shape[0] * bytes_of(shape[1]) for shape in shapes.values())
     if size < expected:
         raise UserError(f"{path}: {size} bytes cannot hold {expected} bytes of masks")
     try:
         with safe_open(str(path), "pt") as file:
             if set(file.keys()) != set(shapes):
                 raise ValueError(f"layers differ from the manifest's: {sorted(set(file.keys()) ^ set(shapes))[:3]}")
-            for name, (rows, columns) in shapes.items():
-                _check_tensor(file, name, "U8", [rows, bytes_of(columns)], "mask of")
-            bits = {name: file.get_tensor(name) for name in shapes}
+            for name, shape in shapes.items():
+                found = file.get_slice(name)
+                check_stored(name, found.get_dtype(), found.get_shape(), shape, lists)
+            return {name: decode(name, file.get_tensor(name), shape) for name, shape in shapes.items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    for name, (_, columns) in shapes.items():
-        if columns % 8 and bool((bits[name][:, -1] >> columns % 8).any()):
-            raise UserError(f"{path}: the mask of {name} has bits behind its last column")
-    return bits
 
 
 def check_file(path: Path, entry: dict[str, Any]) -> int:
@@ -262,16 +269,11 @@ def check_file(path: Path, entry: dict[str, Any]) -> int:
     return size
 
 
-def bytes_of(columns: int) -> int:
-    """Bytes of a packed row."""
-    return (columns + 7) // 8
-
-
-def _check_tensor(file: Any, name: str, dtype: str, shape: list[int], what: str = "tensor") -> None:
+def _check_tensor(file: Any, name: str, dtype: str, shape: list[int]) -> None:
     """Raise ValueError unless a tensor in an open safetensors file is as it should be; reads the header alone."""
     found = file.get_slice(name)
     if found.get_dtype() != dtype or found.get_shape() != shape:
-        raise ValueError(f"{what} {name} is {found.get_shape()} {found.get_dtype()}, expected {shape} {dtype}")
+        raise ValueError(f"tensor {name} is {found.get_shape()} {found.get_dtype()}, expected {shape} {dtype}")
 
 
 def _sha256(path: Path) -> str:

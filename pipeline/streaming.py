@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.blockwise import Blockwise, silence
-from pipeline.building import build_masks, overlaps_of
+from pipeline.building import each_mask
 from pipeline.calibration import DTYPES, report_coverage
 from pipeline.cli import note
 from pipeline.collector import Collector
@@ -32,8 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    """One pass over a model's blocks. What it leaves: ``stats``, ``parts`` (the masks, on disk), ``fingerprints`` and
-    ``overlaps`` by pair (``--disjoint``: weights that both poles keep)."""
+    """One pass over a model's blocks. What it leaves: ``stats``, ``parts`` (the masks, on disk), ``fingerprints``."""
 
     def __init__(self, config: CalibrateConfig, catalogue: Catalogue, data: CalibrationData, folder: Path) -> None:
         import lightning
@@ -59,7 +58,6 @@ class Stream:
         self.parts = MaskParts(folder)
         self.stats = ActivationStats.zeros(catalogue.measured, ())
         self.fingerprints: dict[str, str] = {}
-        self.overlaps: dict[str, int] = {}
 
     def run(self) -> "Stream":
         """Measure and mask everything. Raises UserError."""
@@ -78,11 +76,6 @@ class Stream:
     def order(self) -> list[str]:
         """The masked layers, in the model's order."""
         return [name for name in self.layers if name in self.fingerprints]
-
-    def shares(self) -> dict[str, float]:
-        """By pair, the share of the second pole's kept weights that the first keeps too."""
-        kept = {persona: sum(of.values()) for persona, of in self.parts.kept.items()}
-        return {pair: shared / kept[pair.rpartition(" and ")[2]] for pair, shared in self.overlaps.items()}
 
     def _part(self, number: int, part: str) -> None:
         self.shards.load(part, self.dtype, self.device)
@@ -139,12 +132,8 @@ class Stream:
         if self.dtype != torch.float32 or self.device != CPU:
             # Masks are made from float32 weights on the CPU, whatever the pass was computed in.
             self.shards.load(part, torch.float32, CPU)
-        masks = build_masks(self.model, stats, self.catalogue, self.config)
-        if not masks.shapes:
-            return
-        self.fingerprints |= model_fingerprints({name: self.layers[name] for name in masks.shapes})
-        self.parts.add(masks)
-        overlaps = overlaps_of(masks, self.catalogue) if self.config.disjoint else {}
-        for pair, share in overlaps.items():
-            kept = sum(masks.kept(pair.rpartition(" and ")[2]).values())
-            self.overlaps[pair] = self.overlaps.get(pair, 0) + round(share * kept)
+        masked = set()
+        for one in each_mask(self.model, stats, self.catalogue, self.config):
+            self.parts.add(one)
+            masked.add(one.layer)
+        self.fingerprints |= model_fingerprints({name: self.layers[name] for name in self.layers if name in masked})

@@ -18,6 +18,7 @@ CODES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -45,8 +46,30 @@ def in_order(entries: Mapping[str, torch.dtype]) -> list[str]:
 def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a whole file; beside the tensors one of them is copied at most. Raises OSError."""
     order = in_order({name: tensor.dtype for name, tensor in tensors.items()})
-    file.write(header({name: (tensors[name].dtype, tensors[name].shape) for name in order}, metadata))
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+    entries = {name: (tensors[name].dtype, tensors[name].shape) for name in order}
+    write_each(file, entries, ((name, tensors[name]) for name in order), metadata)
+
+
+def write_each(
+    file: BinaryIO,
+    entries: Mapping[str, tuple[torch.dtype, Iterable[int]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write tensors as they come: those of ``entries`` (type and shape), in that order; one is held at a time.
+
+    Raises OSError, and ValueError for another tensor than the next.
+    """
+    file.write(header(entries, metadata))
+    expected = iter(entries.items())
+    for name, tensor in tensors:
+        wanted, (dtype, shape) = next(expected, ("nothing", (None, ())))
+        if (name, tensor.dtype, list(tensor.shape)) != (wanted, dtype, list(shape)):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} {tensor.dtype}, the header has {wanted} {list(shape)} {dtype}"
+            )
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             file.write(flat.view(torch.uint8).numpy().data)
+    if missing := next(expected, None):
+        raise ValueError(f"{missing[0]} is in the header and did not come")

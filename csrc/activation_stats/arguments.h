@@ -7,17 +7,18 @@
 
 namespace persona {
 
-/// Strides count elements. Sequence b counts the tokens `token[first_counted[b] .. first_sink[b])`; its sinks
-/// are `token[first_sink[b] .. first_counted[b + 1])`.
+/// Strides count elements. Sequence s lies in the row `row[s]` of x and counts the tokens
+/// `token[first_counted[s] .. first_sink[s])`; its sinks are `token[first_sink[s] .. first_counted[s + 1])`.
 struct StatsArguments {
   const void* x;  // [B, T, K]
   Element element;
-  std::int64_t batch;
   std::int64_t x_stride[3];
+  std::int64_t sequences;
+  const std::int64_t* row;  // [S]
   const std::int32_t* token;
-  const std::int64_t* first_counted;  // [B + 1]
-  const std::int64_t* first_sink;     // [B]
-  const std::int64_t* persona;        // [B]
+  const std::int64_t* first_counted;  // [S + 1]
+  const std::int64_t* first_sink;     // [S]
+  const std::int64_t* persona;        // [S]
   double* sums;                       // [P, 8, K]
   std::int64_t sums_stride[3];
 };

@@ -1,4 +1,5 @@
 // Activation statistics on torch's CPU threads.
+#include <optional>
 #include <vector>
 
 #include "../checks.h"
@@ -14,25 +15,45 @@ constexpr int64_t kChannels = 64;
 /// Below this many elements of x a thread costs more than it saves.
 constexpr int64_t kLeastWork = 1 << 17;
 
-struct Tokens {
+/// What the kernel is told of the sequences: see StatsArguments.
+struct Sequences {
+  std::vector<int64_t> row, first_counted, first_sink;
   std::vector<int32_t> token;
-  std::vector<int64_t> first_counted, first_sink;
+
+  /// Lists the counted and then the sink tokens among `first` to `last` of a row of roles.
+  void add(int64_t of_row, const uint8_t* role, int64_t stride, int64_t first, int64_t last) {
+    row.push_back(of_row);
+    for (uint8_t wanted : {kCounted, kSink}) {
+      size_t count = token.size();
+      (wanted == kCounted ? first_counted : first_sink).push_back(static_cast<int64_t>(count));
+      token.resize(count + static_cast<size_t>(last - first));
+      // Stored whatever the role is, and overwritten where it was another one: no branch to mispredict.
+      for (int64_t t = first; t < last; ++t) {
+        token[count] = static_cast<int32_t>(t);
+        count += role[t * stride] == wanted;
+      }
+      token.resize(count);
+    }
+  }
 };
 
-/// The counted and the sink tokens of every sequence, in order.
-Tokens list_tokens(const uint8_t* role, int64_t batch, int64_t tokens, int64_t stride_b, int64_t stride_t) {
-  Tokens list;
+/// The rows of x, or the spans of rows in `spans`, with the tokens that each counts.
+Sequences list_sequences(const Tensor& role, const std::optional<Tensor>& spans) {
+  const uint8_t* roles = static_cast<const uint8_t*>(role.const_data_ptr());
+  const int64_t batch = role.size(0), tokens = role.size(1);
+  Sequences list;
   list.token.reserve(static_cast<size_t>(batch * tokens));
-  for (int64_t b = 0; b < batch; ++b) {
-    const uint8_t* row = role + b * stride_b;
-    const auto add = [&](uint8_t wanted) {
-      for (int64_t t = 0; t < tokens; ++t)
-        if (row[t * stride_t] == wanted) list.token.push_back(static_cast<int32_t>(t));
-    };
-    list.first_counted.push_back(static_cast<int64_t>(list.token.size()));
-    add(kCounted);
-    list.first_sink.push_back(static_cast<int64_t>(list.token.size()));
-    add(kSink);
+  if (!spans.has_value())
+    for (int64_t b = 0; b < batch; ++b) list.add(b, roles + b * role.stride(0), role.stride(1), 0, tokens);
+  else {
+    check_plain(*spans, "spans", ScalarType::Long, {spans->size(0), 3});
+    const int64_t* border = static_cast<const int64_t*>(spans->const_data_ptr());
+    for (int64_t s = 0; s < spans->size(0); ++s, border += 3) {
+      const int64_t b = border[0], first = border[1], last = border[2];
+      STD_TORCH_CHECK(b >= 0 && b < batch && first >= 0 && first <= last && last <= tokens, "span ", s,
+                      " does not lie in x");
+      list.add(b, roles + b * role.stride(0), role.stride(1), first, last);
+    }
   }
   list.first_counted.push_back(static_cast<int64_t>(list.token.size()));
   return list;
@@ -42,7 +63,8 @@ Tokens list_tokens(const uint8_t* role, int64_t batch, int64_t tokens, int64_t s
 
 /// Channels are split over the threads, sequences and tokens never: no sum is shared, so nothing is atomic and
 /// the number of threads cannot change a bit.
-Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums) {
+Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums,
+                            const std::optional<Tensor>& spans) {
   check_cpu(x, "x", 3);
   check_cpu(role, "role", 2);
   check_cpu(persona, "persona", 1);
@@ -52,18 +74,19 @@ Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& p
                   "role must be uint8 [B, T]");
   STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.size(1) == 8 && sums.size(2) == channels,
                   "sums must be float64 [P, 8, K]");
-  check_plain(persona, "persona", ScalarType::Long, {batch});
   STD_TORCH_CHECK(tokens <= INT32_MAX, "x has too many tokens: ", tokens);
 
+  const Sequences list = list_sequences(role, spans);
+  const int64_t sequences = static_cast<int64_t>(list.row.size());
+  check_plain(persona, "persona", ScalarType::Long, {sequences});
   const int64_t* owner = static_cast<const int64_t*>(persona.const_data_ptr());
-  for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(owner[b] >= 0 && owner[b] < sums.size(0), "persona out of range: ", owner[b]);
-  const Tokens list =
-      list_tokens(static_cast<const uint8_t*>(role.const_data_ptr()), batch, tokens, role.stride(0), role.stride(1));
+  for (int64_t s = 0; s < sequences; ++s)
+    STD_TORCH_CHECK(owner[s] >= 0 && owner[s] < sums.size(0), "persona out of range: ", owner[s]);
   const StatsArguments arguments{x.const_data_ptr(),
                                  element_of(x, "x"),
-                                 batch,
                                  {x.stride(0), x.stride(1), x.stride(2)},
+                                 sequences,
+                                 list.row.data(),
                                  list.token.data(),
                                  list.first_counted.data(),
                                  list.first_sink.data(),
@@ -74,17 +97,17 @@ Tensor activation_stats_cpu(const Tensor& x, const Tensor& role, const Tensor& p
   const int64_t units = (channels + kChannels - 1) / kChannels;
   const int64_t work = std::max<int64_t>(static_cast<int64_t>(list.token.size()), 1) * kChannels;
   const int64_t parts = parts_of(units, kLeastWork / work);
-  std::vector<uint8_t> bad(static_cast<size_t>(parts * batch), 0);
+  std::vector<uint8_t> bad(static_cast<size_t>(parts * sequences), 0);
   const auto kernel = kernels().activation_stats;
   parallel_parts(units, parts, [&](int64_t part, int64_t first, int64_t last) {
-    kernel(arguments, first * kChannels, std::min(last * kChannels, channels), bad.data() + part * batch);
+    kernel(arguments, first * kChannels, std::min(last * kChannels, channels), bad.data() + part * sequences);
   });
 
-  Tensor spoiled = torch::stable::new_empty(x, {batch}, ScalarType::Bool);
+  Tensor spoiled = torch::stable::new_empty(x, {sequences}, ScalarType::Bool);
   bool* flags = static_cast<bool*>(spoiled.mutable_data_ptr());
-  for (int64_t b = 0; b < batch; ++b) {
-    flags[b] = false;
-    for (int64_t part = 0; part < parts; ++part) flags[b] |= bad[static_cast<size_t>(part * batch + b)] != 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    flags[s] = false;
+    for (int64_t part = 0; part < parts; ++part) flags[s] |= bad[static_cast<size_t>(part * sequences + s)] != 0;
   }
   return spoiled;
 }

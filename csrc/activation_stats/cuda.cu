@@ -1,204 +1,20 @@
-// Activation statistics in CUDA: the sums of kernels/ops/activation_stats/triton.py, in the same order, so that both
-// give the same bits. A sum has eight lanes, element i in lane i mod 8; then the upper half of them is added to the
-// lower, three times. No atomics. Written without a GPU at hand: compiled and read, not run.
-#include "../cuda.h"
+// Activation statistics on a CUDA device. Written without a GPU at hand: compiled and read, not run.
+#include <algorithm>
+#include <optional>
+
+#include "cuda_kernels.h"
 
 namespace persona {
 namespace {
 
-constexpr int kSplit = 256;  // tokens a block sums in the working precision
-constexpr int kLanes = 8;
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kMoments = 3;
-constexpr int kFields = 8;
-constexpr uint8_t kCounted = 1, kSink = 2;
-
-struct Shape {
-  int64_t B, T, K, P, splits;
-};
-
-struct Strides {
-  int64_t xb, xt, xk, rb, rt, pb, sp, sf, sk;
-};
-
-/// One warp's 16 bytes a thread of one token; zeros where `read` is false or the row ends.
-template <class T, bool kVector>
-__device__ Pack<T> load(const T* token, int64_t column, int64_t K, int64_t stride, bool read) {
-  Pack<T> pack{};
-  if constexpr (kVector) {
-    if (read && column < K) pack = *reinterpret_cast<const Pack<T>*>(token + column);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Pack<T>::size; ++i)
-      if (read && column + i < K) pack.value[i] = token[(column + i) * stride];
-  }
-  return pack;
-}
-
-template <class W, int kSize>
-struct Sums {
-  W square[kSize] = {}, magnitude[kSize] = {}, signed_[kSize] = {};
-
-  template <class T>
-  __device__ void add(const Pack<T>& pack) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const W x = widen(pack.value[i]);
-      square[i] += x * x;
-      magnitude[i] += x < 0 ? -x : x;
-      signed_[i] += x;
-    }
-  }
-};
-
-/// Stage 1: moments [B, S, 6, K] and counts [B, S, 2] of one split and 32 packs of channels. Warp w has the lanes w and
-/// w + 4.
-template <class T, class W, bool kVector>
-__global__ void __launch_bounds__(kThreads)
-    split_kernel(const T* __restrict__ x, const uint8_t* __restrict__ role, const int64_t* __restrict__ persona,
-                 W* __restrict__ moments, int32_t* __restrict__ counts, bool* __restrict__ bad, Shape shape,
-                 Strides stride) {
-  constexpr int kSize = Pack<T>::size, kChannels = 32 * kSize;
-  __shared__ uint8_t roles[kSplit];
-  __shared__ W half[kWarps][kMoments][kChannels];
-
-  const int64_t blocks = (shape.K + kChannels - 1) / kChannels;
-  const int64_t block = blockIdx.x % blocks, item = blockIdx.x / blocks;
-  const int64_t b = item / shape.splits, first = item % shape.splits * kSplit;
-  const int tokens = static_cast<int>(shape.T - first < kSplit ? shape.T - first : kSplit);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t column = block * kChannels + lane * kSize;
-  x += b * stride.xb + first * stride.xt;
-  role += b * stride.rb + first * stride.rt;
-
-  int counted = 0, sinks = 0;
-  for (int t = threadIdx.x; t < kSplit; t += kThreads) {
-    roles[t] = t < tokens ? role[t * stride.rt] : 0;
-    // Also the barrier behind which every role is visible. kSplit is a multiple of the threads.
-    counted += __syncthreads_count(roles[t] == kCounted);
-    sinks += __syncthreads_count(roles[t] == kSink);
-  }
-  if (block == 0 && threadIdx.x == 0) {
-    counts[2 * item] = counted;
-    counts[2 * item + 1] = sinks;
-  }
-  bool overflow = false;
-  for (int kind = 0; kind < (sinks > 0 ? 2 : 1); ++kind) {
-    const uint8_t wanted = kind == 0 ? kCounted : kSink;
-    Sums<W, kSize> low, high;
-#pragma unroll 2
-    for (int t = warp; t < tokens; t += kLanes) {
-      const int u = t + kWarps;
-      // Both loads are on their way before either is used; tokens of other roles are not read.
-      const Pack<T> a = load<T, kVector>(x + t * stride.xt, column, shape.K, stride.xk, roles[t] == wanted);
-      const bool second = u < tokens && roles[u % kSplit] == wanted;
-      const Pack<T> c = load<T, kVector>(x + u * stride.xt, column, shape.K, stride.xk, second);
-      low.add(a);
-      high.add(c);
-    }
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      half[warp][0][lane * kSize + i] = low.square[i] + high.square[i];
-      half[warp][1][lane * kSize + i] = low.magnitude[i] + high.magnitude[i];
-      half[warp][2][lane * kSize + i] = low.signed_[i] + high.signed_[i];
-    }
-    __syncthreads();
-    W* target = moments + (item * 2 + kind) * kMoments * shape.K;
-    for (int c = threadIdx.x; c < kChannels; c += kThreads) {
-      const int64_t k = block * kChannels + c;
-      if (k >= shape.K) continue;
-#pragma unroll
-      for (int m = 0; m < kMoments; ++m) {
-        const W total = (half[0][m][c] + half[2][m][c]) + (half[1][m][c] + half[3][m][c]);
-        target[m * shape.K + k] = total;
-        // The other sums are finite where the sum of squares is.
-        if (m == 0) overflow |= !isfinite(total);
-      }
-    }
-    __syncthreads();
-  }
-  const int64_t owner = persona[b * stride.pb];
-  // Many threads may store the flag of a sequence, all of them the same value.
-  if (overflow || owner < 0 || owner >= shape.P) bad[b] = true;
-}
-
-/// The eight lanes of one thread's channel.
-struct Lanes {
-  double lane[kLanes] = {};
-
-  __device__ double fold() const {
-    double half[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) half[i] = lane[i] + lane[i + 4];
-    return (half[0] + half[2]) + (half[1] + half[3]);
-  }
-};
-
-/// Stage 2: the splits of a sequence, added in float64: [B, S, 6, K] -> [B, 6, K], [B, S, 2] -> [B, 2].
-template <class W>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(const W* __restrict__ parts, const int32_t* __restrict__ part_counts, W* __restrict__ moments,
-                   int32_t* __restrict__ counts, bool* __restrict__ bad, Shape shape) {
-  const int64_t blocks = (shape.K + kThreads - 1) / kThreads;
-  const int64_t k = blockIdx.x % blocks * kThreads + threadIdx.x, item = blockIdx.x / blocks;
-  const int64_t b = item / (2 * kMoments), moment = item % (2 * kMoments), sink = moment / kMoments;
-  Lanes total;
-  int32_t tokens = 0;
-  for (int64_t start = 0; start < shape.splits; start += kLanes) {
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t part = b * shape.splits + start + i;
-      const int32_t count = start + i < shape.splits ? part_counts[part * 2 + sink] : 0;
-      tokens += count;
-      // A split without such tokens has stored no sums of them.
-      if (count > 0 && k < shape.K) total.lane[i] += parts[(part * 2 * kMoments + moment) * shape.K + k];
-    }
-  }
-  if (k == 0 && moment % kMoments == 0) counts[2 * b + sink] = tokens;
-  if (k >= shape.K) return;
-  const W value = static_cast<W>(total.fold());
-  moments[item * shape.K + k] = value;
-  if (!isfinite(value)) bad[b] = true;
-}
-
-/// Stage 3: one field of a persona, added to sums [P, 8, K].
-template <class W>
-__global__ void __launch_bounds__(kThreads)
-    persona_kernel(const W* __restrict__ moments, const int32_t* __restrict__ counts,
-                   const int64_t* __restrict__ persona, double* __restrict__ sums, Shape shape, Strides stride) {
-  const int64_t blocks = (shape.K + kThreads - 1) / kThreads;
-  const int64_t k = blockIdx.x % blocks * kThreads + threadIdx.x, item = blockIdx.x / blocks;
-  const int64_t field = item % kFields, owner = item / kFields;
-  // rms, ms and square come from the first moment; the other fields follow the moments.
-  const int64_t moment = field < 2 ? 0 : field - 2;
-  if (k >= shape.K) return;
-  Lanes total;
-  bool any = false;
-  for (int64_t start = 0; start < shape.B; start += kLanes) {
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t b = start + i;
-      if (b >= shape.B || persona[b * stride.pb] != owner) continue;
-      any = true;
-      const int32_t count = counts[2 * b + moment / kMoments];
-      if (count == 0) continue;
-      double value = moments[(b * 2 * kMoments + moment) * shape.K + k];
-      if (field < 2) value /= count;
-      total.lane[i] += field == 0 ? sqrt(value) : value;
-    }
-  }
-  if (any) sums[owner * stride.sp + field * stride.sf + k * stride.sk] += total.fold();
-}
-
 template <class T, class W>
-void launch(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums, Tensor& bad, Shape shape,
-            Strides stride) {
+void launch(const Tensor& x, const Tensor& role, const Tensor& persona, const int64_t* span, Tensor& sums, Tensor& bad,
+            Shape shape, Strides stride) {
   constexpr int kChannels = 32 * Pack<T>::size;
   const ScalarType work = sizeof(W) == 8 ? ScalarType::Double : ScalarType::Float;
-  const int64_t S = shape.splits, fold_blocks = (shape.K + kThreads - 1) / kThreads;
-  Tensor moments = torch::stable::new_empty(x, {shape.B, S, 2 * kMoments, shape.K}, work);
-  Tensor counts = torch::stable::new_empty(x, {shape.B, S, 2}, ScalarType::Int);
+  const int64_t fold_blocks = (shape.K + kThreads - 1) / kThreads;
+  Tensor moments = torch::stable::new_empty(x, {shape.S, shape.splits, 2 * kMoments, shape.K}, work);
+  Tensor counts = torch::stable::new_empty(x, {shape.S, shape.splits, 2}, ScalarType::Int);
   const cudaStream_t stream = current_stream(x);
   const auto* x_data = static_cast<const T*>(x.const_data_ptr());
   const auto* role_data = static_cast<const uint8_t*>(role.const_data_ptr());
@@ -207,21 +23,21 @@ void launch(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& 
   auto* moment_data = static_cast<W*>(moments.mutable_data_ptr());
   auto* count_data = static_cast<int32_t*>(counts.mutable_data_ptr());
 
-  const int64_t grid = shape.B * S * ((shape.K + kChannels - 1) / kChannels);
+  const int64_t grid = shape.S * shape.splits * ((shape.K + kChannels - 1) / kChannels);
   STD_TORCH_CHECK(grid < (int64_t{1} << 31), "activation_stats: x is too large for one launch");
   const int64_t size = Pack<T>::size;
   const bool vector = stride.xk == 1 && shape.K % size == 0 && stride.xt % size == 0 && stride.xb % size == 0 &&
                       reinterpret_cast<uintptr_t>(x_data) % 16 == 0;
   const auto split = vector ? &split_kernel<T, W, true> : &split_kernel<T, W, false>;
-  split<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(x_data, role_data, persona_data, moment_data, count_data,
-                                                              bad_data, shape, stride);
+  split<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(x_data, role_data, persona_data, span, moment_data,
+                                                              count_data, bad_data, shape, stride);
   check_launch("activation_stats");
 
   Tensor combined = moments, combined_counts = counts;
-  if (S > 1) {
-    combined = torch::stable::new_empty(x, {shape.B, 2 * kMoments, shape.K}, work);
-    combined_counts = torch::stable::new_empty(x, {shape.B, 2}, ScalarType::Int);
-    combine_kernel<W><<<static_cast<unsigned>(shape.B * 2 * kMoments * fold_blocks), kThreads, 0, stream>>>(
+  if (shape.splits > 1) {
+    combined = torch::stable::new_empty(x, {shape.S, 2 * kMoments, shape.K}, work);
+    combined_counts = torch::stable::new_empty(x, {shape.S, 2}, ScalarType::Int);
+    combine_kernel<W><<<static_cast<unsigned>(shape.S * 2 * kMoments * fold_blocks), kThreads, 0, stream>>>(
         moment_data, count_data, static_cast<W*>(combined.mutable_data_ptr()),
         static_cast<int32_t*>(combined_counts.mutable_data_ptr()), bad_data, shape);
     check_launch("activation_stats");
@@ -232,23 +48,45 @@ void launch(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& 
   check_launch("activation_stats");
 }
 
+/// A copy of `spans` on the device of x; the longest becomes `shape.T`. What is not pinned has been read when this
+/// returns, and nobody waits for the kernels in front of it.
+Tensor send_spans(const Tensor& x, const Tensor& spans, Shape& shape) {
+  STD_TORCH_CHECK(spans.is_cpu() && spans.is_contiguous() && spans.numel() == 3 * shape.S,
+                  "activation_stats: spans must be contiguous [S, 3] on the CPU");
+  const int64_t* border = static_cast<const int64_t*>(spans.const_data_ptr());
+  shape.T = 0;
+  for (int64_t s = 0; s < shape.S; ++s) shape.T = std::max(shape.T, border[3 * s + 2] - border[3 * s + 1]);
+  Tensor copy = torch::stable::new_empty(x, {shape.S, 3}, ScalarType::Long);
+  const cudaError_t error =
+      cudaMemcpyAsync(copy.mutable_data_ptr(), border, static_cast<size_t>(3 * shape.S) * sizeof(int64_t),
+                      cudaMemcpyHostToDevice, current_stream(x));
+  STD_TORCH_CHECK(error == cudaSuccess, "activation_stats: ", cudaGetErrorString(error));
+  return copy;
+}
+
 }  // namespace
 
-/// See kernels/ops/activation_stats/__init__.py, which has checked the arguments. Never waits for the device.
-Tensor activation_stats_cuda(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums) {
+/// See kernels/ops/activation_stats/__init__.py, which has checked the arguments; `spans` are in the host's memory.
+/// Never waits for the device.
+Tensor activation_stats_cuda(const Tensor& x, const Tensor& role, const Tensor& persona, Tensor& sums,
+                             const std::optional<Tensor>& spans) {
   STD_TORCH_CHECK(x.dim() == 3 && role.dim() == 2 && persona.dim() == 1 && sums.dim() == 3,
                   "activation_stats: x, role, persona and sums must have 3, 2, 1 and 3 dimensions");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Shape shape{x.size(0), x.size(1), x.size(2), sums.size(0), (x.size(1) + kSplit - 1) / kSplit};
+  Shape shape{persona.size(0), x.size(1), x.size(2), sums.size(0), 0};
+  std::optional<Tensor> on_device;
+  if (spans.has_value()) on_device = send_spans(x, *spans, shape);
+  const auto* span = on_device.has_value() ? static_cast<const int64_t*>(on_device->const_data_ptr()) : nullptr;
+  shape.splits = (shape.T + kSplit - 1) / kSplit;
   const Strides stride{x.stride(0),       x.stride(1),    x.stride(2),    role.stride(0), role.stride(1),
                        persona.stride(0), sums.stride(0), sums.stride(1), sums.stride(2)};
-  Tensor bad = torch::stable::new_zeros(x, {shape.B}, ScalarType::Bool);
-  if (shape.B == 0 || shape.T == 0 || shape.K == 0 || shape.P == 0) return bad;
+  Tensor bad = torch::stable::new_zeros(x, {shape.S}, ScalarType::Bool);
+  if (shape.S == 0 || shape.T == 0 || shape.K == 0 || shape.P == 0) return bad;
   switch (x.scalar_type()) {
-    case ScalarType::Float: launch<float, float>(x, role, persona, sums, bad, shape, stride); break;
-    case ScalarType::BFloat16: launch<__nv_bfloat16, float>(x, role, persona, sums, bad, shape, stride); break;
-    case ScalarType::Half: launch<__half, float>(x, role, persona, sums, bad, shape, stride); break;
-    case ScalarType::Double: launch<double, double>(x, role, persona, sums, bad, shape, stride); break;
+    case ScalarType::Float: launch<float, float>(x, role, persona, span, sums, bad, shape, stride); break;
+    case ScalarType::BFloat16: launch<__nv_bfloat16, float>(x, role, persona, span, sums, bad, shape, stride); break;
+    case ScalarType::Half: launch<__half, float>(x, role, persona, span, sums, bad, shape, stride); break;
+    case ScalarType::Double: launch<double, double>(x, role, persona, span, sums, bad, shape, stride); break;
     default: STD_TORCH_CHECK(false, "activation_stats: x must be float32, bfloat16, float16 or float64");
   }
   return bad;

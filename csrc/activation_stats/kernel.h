@@ -161,13 +161,13 @@ PERSONA_INLINE bool add_to(double* out, std::int64_t stride, const double* value
 }
 
 template <class V, class T>
-bool add_sequence(const StatsArguments& a, std::int64_t b, std::int64_t first, std::int64_t width, Block<T>& block) {
-  const T* base = static_cast<const T*>(a.x) + b * a.x_stride[0] + first * a.x_stride[2];
+bool add_sequence(const StatsArguments& a, std::int64_t s, std::int64_t first, std::int64_t width, Block<T>& block) {
+  const T* base = static_cast<const T*>(a.x) + a.row[s] * a.x_stride[0] + first * a.x_stride[2];
   const Rows<T> x{base, a.x_stride[1], a.x_stride[2], width};
-  double* out = a.sums + a.persona[b] * a.sums_stride[0] + first * a.sums_stride[2];
+  double* out = a.sums + a.persona[s] * a.sums_stride[0] + first * a.sums_stride[2];
   const std::int64_t field = a.sums_stride[1], stride = a.sums_stride[2];
   bool bad = false;
-  const std::int64_t begin = a.first_counted[b], sinks = a.first_sink[b], end = a.first_counted[b + 1];
+  const std::int64_t begin = a.first_counted[s], sinks = a.first_sink[s], end = a.first_counted[s + 1];
   if (begin < sinks) {
     sum_tokens<V>(x, a.token + begin, sinks - begin, block);
     const double count = static_cast<double>(sinks - begin);
@@ -195,11 +195,11 @@ void activation_stats_of(const StatsArguments& a, std::int64_t first, std::int64
     const std::int64_t width = last - first < kBlock ? last - first : kBlock;
     // A narrower last block finds values of the one before behind its own channels.
     if (width < kBlock) std::memset(block.copy, 0, sizeof block.copy);
-    for (std::int64_t b = 0; b < a.batch; ++b) bad[b] |= add_sequence<V, T>(a, b, first, width, block);
+    for (std::int64_t s = 0; s < a.sequences; ++s) bad[s] |= add_sequence<V, T>(a, s, first, width, block);
   }
 }
 
-/// Channels `first` to `last` of every sequence; sets `bad[b]` where a sequence held NaN, infinity or overflow.
+/// Channels `first` to `last` of every sequence; sets `bad[s]` where a sequence held NaN, infinity or overflow.
 template <class V>
 void activation_stats(const StatsArguments& a, std::int64_t first, std::int64_t last, std::uint8_t* bad) {
   switch (a.element) {

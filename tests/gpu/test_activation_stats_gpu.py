@@ -86,6 +86,19 @@ def test_strides(backend):
     assert torch.equal(plain, strided)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spans_have_the_bits_of_rows(dtype, backend):
+    backend("activation_stats")
+    x, role, _ = batch_of((3, 2048, 1536), dtype)
+    spans = torch.tensor([[2, 7, 1031], [0, 0, 256], [0, 256, 2048], [1, 5, 5], [1, 100, 101], [2, 1500, 2048]])
+    together, apart = zero_sums(1536, 6), zero_sums(1536, 6)
+    assert not activation_stats(x, role, torch.arange(6, device="cuda"), together, spans).any()
+    for s, (row, first, last) in enumerate(spans.tolist()):
+        own = slice(row, row + 1), slice(first, last)
+        activation_stats(x[own], role[own], torch.tensor([s], device="cuda"), apart)
+    assert torch.equal(together, apart)
+
+
 def test_graph_capture(backend):
     backend("activation_stats")
     x, role, persona = batch_of((4, 600, 1536), torch.bfloat16)

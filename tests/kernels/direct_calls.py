@@ -41,11 +41,16 @@ def _packed(rng: random.Random, *shape: int) -> Tensor:
 
 def stats(rng: random.Random) -> list[Any]:
     batch, tokens, channels = rng.choice((0, 1, 3)), rng.choice((0, 1, 5, 70)), rng.choice((0, 1, 17, 64, 130))
+    spans = integers(rng, (rng.choice((0, 1, 4)) if batch else 0, 3), tokens + 1, torch.int64)
+    if spans.numel():
+        spans = torch.cat([spans[:, :1] % batch, spans[:, 1:].sort(1).values], 1)
+    packed = rng.random() < 0.5
     return [
         draw(rng, (batch, tokens, channels), rng.choice(FLOATS)),
         integers(rng, (batch, tokens), 3, torch.uint8),
-        integers(rng, (batch,), 2, torch.int64),
+        integers(rng, (len(spans) if packed else batch,), 2, torch.int64),
         torch.zeros(2, 8, channels, dtype=torch.float64),
+        spans if packed else None,
     ]
 
 

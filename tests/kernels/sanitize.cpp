@@ -70,8 +70,9 @@ void check_stats(const Kernels& k, Element element, std::int64_t batch, std::int
                  std::int64_t step) {
   const Values x = draw(element, batch * tokens * channels * step);
   std::vector<std::int32_t> token;
-  std::vector<std::int64_t> counted, sink, persona;
+  std::vector<std::int64_t> row, counted, sink, persona;
   for (std::int64_t b = 0; b < batch; ++b) {
+    row.push_back(batch - 1 - b);
     counted.push_back(static_cast<std::int64_t>(token.size()));
     for (std::int64_t t = 1; t < tokens; ++t) token.push_back(static_cast<std::int32_t>(t));
     sink.push_back(static_cast<std::int64_t>(token.size()));
@@ -81,11 +82,17 @@ void check_stats(const Kernels& k, Element element, std::int64_t batch, std::int
   counted.push_back(static_cast<std::int64_t>(token.size()));
   std::vector<double> sums(static_cast<std::size_t>(2 * 8 * channels), 0.0);
   std::vector<std::uint8_t> bad(static_cast<std::size_t>(batch), 0);
-  const StatsArguments a{x.bytes.data(), element,
-                         batch,          {tokens * channels * step, channels * step, step},
-                         token.data(),   counted.data(),
-                         sink.data(),    persona.data(),
-                         sums.data(),    {8 * channels, channels, 1}};
+  const StatsArguments a{x.bytes.data(),
+                         element,
+                         {tokens * channels * step, channels * step, step},
+                         batch,
+                         row.data(),
+                         token.data(),
+                         counted.data(),
+                         sink.data(),
+                         persona.data(),
+                         sums.data(),
+                         {8 * channels, channels, 1}};
   k.activation_stats(a, 0, channels, bad.data());
   for (std::int64_t c = 0; c < channels; ++c) {
     double expected = 0, actual = 0;

@@ -68,6 +68,27 @@ def test_description_names_instruction_set_build_and_flags(isa):
     assert "-O3" in line
 
 
+@needs_library
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the library may have CUDA")
+@pytest.mark.parametrize("op", ["activation_stats", "mask_select", "mask_select_scores"])
+def test_cuda_is_missing_with_what_to_do(op):
+    getattr(kernels, op)
+    state = backends.explain()[op]["cuda"]
+    assert state.startswith("missing: the native ops are built without CUDA; PERSONA_BUILD=cuda demands it")
+
+
+@needs_library
+def test_cuda_kernels_are_a_backend_of_their_own(monkeypatch):
+    monkeypatch.setattr(backends, "_OPS", {})
+    monkeypatch.setattr(torch.ops.persona_native, "has_cuda", lambda: True)
+    native.register("op", lambda: "native", cuda=True)
+    assert backends.choose("op", "cpu") == "cpp"
+    with pytest.raises(backends.BackendError, match="no backend for device 'cuda'"):
+        backends.choose("op", "cuda")
+    monkeypatch.setenv(backends.ENVIRONMENT, "op=cuda")
+    assert backends.implementation("op", "cuda")() == "native"
+
+
 @pytest.fixture
 def missing(monkeypatch, tmp_path):
     """A package whose library is not there, and no op registered yet."""

@@ -114,6 +114,27 @@ def test_bad_value_is_found_in_every_channel(isa, threads, bad, column):
     assert spoiled.tolist() == [False, False, True, False]
 
 
+PACKED = [[1, 0, 70], [0, 3, 3], [2, 5, 133], [0, 0, 1], [1, 70, 257], [0, 1, 200], [2, 4, 12]]
+"""Spans in no order; two overlap, one is empty, one lies in the padding that ``batch_of`` gives its third row."""
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_spans_have_the_bits_of_a_padded_batch(isa, threads, dtype):
+    x, role, _ = batch_of((3, 257, 577), dtype)
+    persona, longest = torch.arange(len(PACKED)) % PERSONAS, max(last - first for _, first, last in PACKED)
+    padded = torch.full((len(PACKED), longest, 577), math.nan, dtype=dtype)
+    roles = torch.full((len(PACKED), longest), IGNORED, dtype=torch.uint8)
+    for s, (row, first, last) in enumerate(PACKED):
+        padded[s, : last - first], roles[s, : last - first] = x[row, first:last], role[row, first:last]
+    expected = run(activation_stats_cpp, padded, roles, persona)
+    for count in (1, 3):
+        threads(count)
+        sums = torch.zeros_like(expected[1])
+        spoiled = activation_stats_cpp(x, role, persona, sums, strided(torch.tensor(PACKED)))
+        assert torch.equal(spoiled, expected[0])
+        assert torch.equal(sums, expected[1])
+
+
 def test_unknown_roles_are_ignored(isa):
     x, role, persona = batch_of((1, 3, 5), torch.float32)
     x[:], role[:] = math.nan, torch.tensor([3, 255, IGNORED])
@@ -127,11 +148,14 @@ def test_direct_calls_are_checked():
     x, role, persona = batch_of((2, 3, 5), torch.float32)
     sums = torch.zeros(PERSONAS, 8, 5, dtype=torch.float64)
     for bad in (
-        (x[0], role, persona, sums),
-        (x, role[:, :2], persona, sums),
-        (x, role, persona + 9, sums),
-        (x, role, persona, sums[..., :4]),
-        (x.int(), role, persona, sums),
+        (x[0], role, persona, sums, None),
+        (x, role[:, :2], persona, sums, None),
+        (x, role, persona + 9, sums, None),
+        (x, role, persona, sums[..., :4], None),
+        (x.int(), role, persona, sums, None),
+        (x, role, persona, sums, torch.tensor([[0, 0, 4], [0, 0, 1]])),
+        (x, role, persona, sums, torch.tensor([[0, 0, 1]])),
+        (x, role, persona, sums, torch.tensor([[0, 0, 1, 0], [0, 0, 1, 0]])),
     ):
         with pytest.raises(RuntimeError):
             op(*bad)

@@ -24,13 +24,14 @@ targets = pytest.mark.parametrize(
 slow = pytest.mark.slow
 
 
-def split_arguments(kind):
+def split_arguments(kind, spans=False):
     wide = kind == "fp64"
     work = "*fp64" if wide else "*fp32"
     return {
-        **{"x_ptr": f"*{kind}", "role_ptr": "*u8", "persona_ptr": "*i64", "moment_ptr": work, "count_ptr": "*i32"},
+        **{"x_ptr": f"*{kind}", "role_ptr": "*u8", "persona_ptr": "*i64", "span_ptr": "*i64" if spans else None},
+        **{"moment_ptr": work, "count_ptr": "*i32"},
         **{"bad_ptr": "*i1", "stride_xb": "i64", "stride_xt": "i64", "stride_xk": 1, "stride_rb": "i32?"},
-        **{"stride_rt": 1, "stride_pb": 1, "T": "i32?", "K": "i32", "splits": "i32?", "personas": "i32?"},
+        **{"stride_rt": 1, "stride_ps": 1, "T": "i32?", "K": "i32", "splits": "i32?", "personas": "i32?"},
         **{"WORK": tl.float64 if wide else tl.float32, "BLOCK_K": stats.split_block(FLOATS[kind])},
     }
 
@@ -44,8 +45,8 @@ def combine_arguments(work):
 
 def persona_arguments(work):
     return {
-        **{"moment_ptr": work, "count_ptr": "*i32", "persona_ptr": "*i64", "sums_ptr": "*fp64", "stride_pb": 1},
-        **{"stride_sp": "i64", "stride_sf": "i64", "stride_sk": 1, "B": "i32?", "K": "i32"},
+        **{"moment_ptr": work, "count_ptr": "*i32", "persona_ptr": "*i64", "sums_ptr": "*fp64", "stride_ps": 1},
+        **{"stride_sp": "i64", "stride_sf": "i64", "stride_sk": 1, "sequences": "i32?", "K": "i32"},
         **{"BLOCK_K": stats.FOLD_BLOCK},
     }
 
@@ -80,9 +81,10 @@ def with_warps(blocks):
 
 
 @targets
+@pytest.mark.parametrize("spans", [pytest.param(False, id="rows"), pytest.param(True, id="spans")])
 @pytest.mark.parametrize("kind", ["bf16", pytest.param("fp16", marks=slow), "fp32", pytest.param("fp64", marks=slow)])
-def test_stats_of_a_split(kind, capability):
-    usage = compile_kernel(stats._split_kernel, split_arguments(kind), capability)
+def test_stats_of_a_split(kind, spans, capability):
+    usage = compile_kernel(stats._split_kernel, split_arguments(kind, spans), capability)
     assert usage.spill == 0
     assert usage.widest_load() == 16
     assert not {"atom", "red"} & {line.split(".")[0].strip() for line in usage.ptx.splitlines()}
@@ -146,8 +148,9 @@ def test_linear_tile(kind, rows, capability):
 # Triton compiles an integer of 1 into the kernel: a loop variable that begins as one must not change its type.
 ONES = {
     "split": (stats._split_kernel, split_arguments("fp32"), ("T", "K", "splits", "personas")),
+    "split of spans": (stats._split_kernel, split_arguments("fp32", True), ("T", "K", "splits", "personas")),
     "combine": (stats._combine_kernel, combine_arguments("*fp32"), ("K",)),
-    "persona": (stats._persona_kernel, persona_arguments("*fp32"), ("B", "K")),
+    "persona": (stats._persona_kernel, persona_arguments("*fp32"), ("sequences", "K")),
     "select": (*select_arguments("fp32", 1, False)[:2], ("K", "keep", "stride_sn")),
     "select streamed": (*select_arguments("fp32", 65536, True)[:2], ("keep",)),
     "row": (linear._row_kernel, linear_arguments("fp16") | with_warps(linear.ROW_BLOCK)[0], ("M", "N", "K", "P")),

@@ -17,14 +17,16 @@ OPS = "activation_stats=triton,mask_select=triton,mask_select_scores=triton,mask
 
 QUICK = {
     "activation_stats": "test_sums and 37 or bad_value and 3e or non_contiguous and 16",
+    "activation_spans": "test_sums and 16 and chosen or own and 16 and chosen or no_spans and chosen",
     "mask_select": "keeps_the_largest and 37 or none- or zero_weights or low_precision or named and nan",
     "masked_linear": "not bfloat16 and (forward and 33 and 0.3-mixed or non_contiguous and 16 or unused or past)",
 }
-ALL = {"activation_stats": "", "mask_select": "", "masked_linear": "not bfloat16"}
+ALL = {"activation_stats": "", "activation_spans": "", "mask_select": "", "masked_linear": "not bfloat16"}
 
 
 def run(op, expression, marks):
-    files = [HERE / f"test_{op}.py", HERE / f"interpreter/test_{op}_triton.py"]
+    own = HERE / f"interpreter/test_{op}_triton.py"
+    files = [HERE / f"test_{op}.py", *([own] if own.exists() else [])]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-m", marks, "-k", expression]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PERSONA_BACKEND": OPS}
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=1200)

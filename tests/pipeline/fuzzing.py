@@ -39,7 +39,9 @@ SECONDS, MEGABYTES = 10, 400
 """Bounds on the time of one input and on the growth of resident memory over all."""
 LONGEST = 5000
 """Characters of an error."""
-SHAPES = {"a.b": (3, 19), "c": (5, 8)}
+SHAPES = {"a.b": (3, 19), "c": (5, 8), "d": (6, 300)}
+LISTED = "d"
+"""The layer whose mask is stored as a list."""
 MANIFEST = {
     "model": {"id": "toy", "fingerprint": dict.fromkeys(SHAPES, "0")},
     "criterion": "wanda",
@@ -120,7 +122,8 @@ def _lines(*rows: dict[str, Any]) -> bytes:
 def prepare(folder: Path) -> None:
     """A small run, an evaluation of it, and a data file of every form."""
     torch.manual_seed(0)
-    bits = {p: {n: pack_bits(torch.rand(s) > 0.5) for n, s in SHAPES.items()} for p in ("fox", "dog")}
+    removed = {name: 0.02 if name == LISTED else 0.5 for name in SHAPES}
+    bits = {p: {n: pack_bits(torch.rand(s) > removed[n]) for n, s in SHAPES.items()} for p in ("fox", "dog")}
     save_masks(PersonaMasks(SHAPES, bits), folder, MANIFEST)
     stats = ActivationStats.zeros(("fox", "dog"), (Site("a.b", 19, ("a.b",)), Site("c", 8, ("c",))))
     save_statistics(stats, folder / "statistics.safetensors")

@@ -225,6 +225,8 @@ def test_switching_drops_copies_and_more_personas_can_come(model):
         assert tuple(personas.weight(layer).shape) == masks.shapes[layer]
         with pytest.raises(UserError, match="is masked already"):
             PersonaModel(model, masks, verify=False)
+        with pytest.raises(UserError, match="cannot be compressed"):
+            personas.compress("up")
         with torch.no_grad():
             generated = personas.generate(ids, personas=["up", None], max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert generated.shape == (2, 8)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kernels import pack_bits
+from kernels import SparseLinear, pack_bits
 from pipeline.errors import UserError
 from pipeline.fingerprint import model_fingerprints
 from pipeline.loading import load_model, load_tokenizer
@@ -152,6 +152,32 @@ def test_adding_personas(personas):
     torch.testing.assert_close(logits(model.switch("noise")), logits(multiplied(base, model.masks, "noise")))
     with pytest.raises(ValueError, match="personas in both: noise"):
         model.add(masks.random_like("fox", 3, "noise"))
+
+
+@pytest.mark.parametrize("form", ["masked", "correction"])
+def test_forced_form_follows_added_personas(folder, form):
+    base = load_model(str(folder))
+    masks = random_masks(base)
+    model = PersonaModel(copy.deepcopy(base), masks, materialize=False, form=form)
+    model.add(masks.random_like("fox", 3, "noise"))
+    torch.testing.assert_close(logits(model.switch("noise")), logits(multiplied(base, model.masks, "noise")))
+
+
+def test_compressed_model_is_the_one_with_multiplied_weights(personas):
+    model, masks, base = personas
+    expected = logits(multiplied(base, masks, "dog"))
+    with pytest.raises(UserError, match="unknown persona 'cat'"):
+        model.compress("cat")
+    plain = model.switch("fox").compress("dog")
+    torch.testing.assert_close(logits(plain), expected)
+    layers = {name: module for name, module in plain.named_modules() if isinstance(module, SparseLinear)}
+    assert set(layers) == set(masks.shapes)
+    assert all(torch.equal(layer.weight.mask(), masks.mask("dog", name)) for name, layer in layers.items())
+    assert not any(name.rpartition(".")[0] in layers for name, _ in plain.named_parameters())
+    again = PersonaModel(copy.deepcopy(base), masks).compress("fox")
+    again.load_state_dict(plain.state_dict())
+    assert torch.equal(logits(again), logits(plain))
+    assert model.detach() is plain
 
 
 @pytest.mark.parametrize("choice", [None, "fox", ["fox", None]], ids=["off", "one", "rows"])

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import calibrate, calibration, gradients, shares, staging, store
+from pipeline import atomic, calibrate, calibration, gradients, shares, staging, store
 from pipeline.errors import UserError
 from pipeline.staging import staged_folder, staging_of
 from pipeline.store import STATISTICS, load_masks, load_statistics
@@ -91,7 +91,7 @@ def test_nothing_is_done_twice(whole, words, monkeypatch, capsys):
     output, _ = whole
     shutil.rmtree(output)
     built = []
-    build = shares.build_masks
+    build = shares.each_mask
 
     def watched(*arguments, **options):
         built.append(options["layers"])
@@ -99,7 +99,7 @@ def test_nothing_is_done_twice(whole, words, monkeypatch, capsys):
             raise CrashError
         return build(*arguments, **options)
 
-    monkeypatch.setattr(shares, "build_masks", watched)
+    monkeypatch.setattr(shares, "each_mask", watched)
     with pytest.raises(CrashError):
         calibrate.main(words(output, *SMALL, "--max-perplexity-increase", "0"))
     finished = len(list((staging_of(output) / shares.SHARDS).iterdir()))
@@ -295,7 +295,7 @@ def test_a_full_disk_keeps_what_was_measured(whole, words, monkeypatch, capsys):
     output, expected = whole
     if output.exists():
         shutil.rmtree(output)
-    write = store.os.fsync
+    write = atomic.os.fsync
     calls = []
 
     def full(number):
@@ -305,7 +305,7 @@ def test_a_full_disk_keeps_what_was_measured(whole, words, monkeypatch, capsys):
         write(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr(atomic.os, "fsync", full)
         assert calibrate.main(words(output, *SMALL)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2].endswith(f"to go on: python -m pipeline.calibrate --resume {output}")

@@ -19,7 +19,7 @@ from pipeline.staging import staged_folder
 from pipeline.stats import ActivationStats
 from pipeline.store import load_manifest, load_masks, load_statistics, save_masks, save_statistics
 
-SHAPES = {"a.b": (3, 19), "c": (5, 8)}
+SHAPES = {"a.b": (3, 19), "c": (5, 8), "d": (6, 300)}
 MANIFEST = {
     "model": {"id": "toy", "fingerprint": dict.fromkeys(SHAPES, "0")},
     "criterion": "",
@@ -31,7 +31,10 @@ MANIFEST = {
 
 
 def some_masks(*personas):
-    return PersonaMasks(SHAPES, {p: {n: pack_bits(torch.rand(s) > 0.5) for n, s in SHAPES.items()} for p in personas})
+    """The layer "d" is stored as a list."""
+    removed = {"a.b": 0.5, "c": 0.5, "d": 0.02}
+    bits = {p: {n: pack_bits(torch.rand(s) > removed[n]) for n, s in SHAPES.items()} for p in personas}
+    return PersonaMasks(SHAPES, bits)
 
 
 @pytest.fixture
@@ -67,8 +70,23 @@ FORGED = {
     "transposed": (lambda t: t.update({"a.b": torch.zeros(19, 1, dtype=torch.uint8)}), r"mask of a.b is \[19, 1\]"),
     "unpacked": (lambda t: t.update({"c": torch.ones(5, 8, dtype=torch.uint8)}), r"mask of c is \[5, 8\]"),
     "one layer less": (lambda t: t.pop("c") is None, "cannot hold|layers differ"),
-    "one layer more": (lambda t: t.update({"d": t["c"].clone()}), "layers differ.*'d'"),
+    "one layer more": (lambda t: t.update({"e": t["c"].clone()}), "layers differ.*'e'"),
+    "a list of a small layer": (lambda t: t.update({"c": torch.zeros(5, dtype=torch.uint16)}), r"c is a list \[5\]"),
+    "a list that is too short": (lambda t: t.update({"d": t["d"][:5].clone()}), r"d is a list \[5\]"),
+    "a column less": (lambda t: t.update({"d": t["d"][:-1].clone()}), "d lists"),
+    "columns in disorder": (
+        lambda t: t.update({"d": numbers([2, 0, 0, 0, 0, 0, 8, 7])}),
+        "d lists columns that do not",
+    ),
+    "a column behind the last": (
+        lambda t: t.update({"d": numbers([1, 0, 0, 0, 0, 0, 300])}),
+        "lists column 300 of 300",
+    ),
 }
+
+
+def numbers(values):
+    return torch.tensor(values, dtype=torch.uint16)
 
 
 @pytest.mark.parametrize("case", FORGED)
@@ -76,6 +94,24 @@ def test_forged_tensors(run, case):
     change, message = FORGED[case]
     replace_tensors(run, change)
     with pytest.raises(UserError, match=message):
+        load_masks(run)
+
+
+def test_version_1_is_read(run):
+    """Packed bits alone, as they were written before there were lists."""
+    masks = load_masks(run)
+    for persona in masks.personas:
+        save_file(masks.bits[persona], run / "masks" / f"{persona}.safetensors")
+    files = {p: (run / "masks" / f"{p}.safetensors").read_bytes() for p in masks.personas}
+    signed = {p: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for p, c in files.items()}
+    rewrite(run, lambda m: [m["masks"][p].update(signed[p]) for p in files] and m.update(version=1))
+    again = load_masks(run)
+    assert all(torch.equal(again.bits[p][n], masks.bits[p][n]) for p in masks.personas for n in SHAPES)
+
+
+def test_version_1_has_no_lists(run):
+    rewrite(run, lambda m: m.update(version=1))
+    with pytest.raises(UserError, match=r"cannot hold 262 bytes|mask of d is \[\d+\] U16, expected \[6, 38\] U8"):
         load_masks(run)
 
 

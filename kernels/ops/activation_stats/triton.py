@@ -1,8 +1,9 @@
 """Activation statistics in Triton: one read of x, no atomics, the same bits in every run.
 
-Three stages. A split of a sequence (``SPLIT`` tokens) and a block of channels make one program of the
-first, which leaves three moments in float32; the second adds the splits of a sequence, and is left
-out where there is one; the third turns moments into statistics and adds the sequences of a persona.
+A sequence is a row of x, or a span of one. Three stages. A split of a sequence (``SPLIT`` tokens) and a block of
+channels make one program of the first, which leaves three moments in float32; the second adds the splits of a
+sequence, and is left out where there is one; the third turns moments into statistics and adds the sequences of a
+persona.
 Every sum has the same form: ``LANES`` running sums, element i in lane i mod LANES, then the halves of the
 lanes on top of each other. Two numbers have one sum, so the result depends on the values alone and
 not on block sizes, warps or the device; float32 input apart, where a multiply-add may be fused.
@@ -68,20 +69,25 @@ def _store_moments(moment_ptr, K, columns, square, magnitude, signed):
 
 @triton.jit
 def _split_kernel(
-    x_ptr, role_ptr, persona_ptr, moment_ptr, count_ptr, bad_ptr,
-    stride_xb, stride_xt, stride_xk, stride_rb, stride_rt, stride_pb, T, K, splits, personas,
+    x_ptr, role_ptr, persona_ptr, span_ptr, moment_ptr, count_ptr, bad_ptr,
+    stride_xb, stride_xt, stride_xk, stride_rb, stride_rt, stride_ps, T, K, splits, personas,
     WORK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Moments ``[B, S, 6, K]`` and counts int32 ``[B, S, 2]`` (counted, sink) of one split and channel block."""
+    """Moments ``[S, splits, 6, K]``, counts int32 ``[S, splits, 2]`` (counted, sink) of one split and channel block."""
     blocks = tl.cdiv(K, BLOCK_K)
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
-    b, split = item // splits, item % splits
-    first = split * SPLIT
-    last = tl.minimum(first + SPLIT, T)
+    s, split = item // splits, item % splits
+    row, first = s, split * SPLIT
+    if span_ptr is None:
+        last = tl.minimum(first + SPLIT, T)
+    else:
+        row = tl.load(span_ptr + 3 * s)
+        first += tl.load(span_ptr + 3 * s + 1)
+        last = tl.minimum(first + SPLIT, tl.load(span_ptr + 3 * s + 2))
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
-    x_ptr += b * stride_xb
-    role_ptr += b * stride_rb
+    x_ptr += row * stride_xb
+    role_ptr += row * stride_rb
     moment_ptr += item * 2 * MOMENTS * K
 
     tokens = first + tl.arange(0, SPLIT).to(tl.int64)
@@ -104,45 +110,45 @@ def _split_kernel(
         )
         _store_moments(moment_ptr + MOMENTS * K, K, columns, square, magnitude, signed)
         bad |= tl.max((~(square < float("inf"))).to(tl.int32)) != 0
-    persona = tl.load(persona_ptr + b * stride_pb)
+    persona = tl.load(persona_ptr + s * stride_ps)
     # Many programs may store the flag of a sequence, all of them the same value.
     if bad | (persona < 0) | (persona >= personas):
-        tl.store(bad_ptr + b, 1)
+        tl.store(bad_ptr + s, 1)
 
 
 @triton.jit
 def _combine_kernel(part_ptr, part_count_ptr, moment_ptr, count_ptr, bad_ptr, K, splits, BLOCK_K: tl.constexpr):
-    """``[B, S, 6, K]`` and ``[B, S, 2]`` -> ``[B, 6, K]`` and ``[B, 2]``, added in float64."""
+    """``[S, splits, 6, K]`` and ``[S, splits, 2]`` -> ``[S, 6, K]`` and ``[S, 2]``, added in float64."""
     blocks = tl.cdiv(K, BLOCK_K)
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
-    b, moment = item // (2 * MOMENTS), item % (2 * MOMENTS)
+    s, moment = item // (2 * MOMENTS), item % (2 * MOMENTS)
     sink = moment // MOMENTS
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     total = tl.zeros((LANES, BLOCK_K), tl.float64)
     tokens = tl.zeros((LANES,), tl.int32)
     for start in range(0, splits, LANES):
         split = start + tl.arange(0, LANES)
-        count = tl.load(part_count_ptr + (b * splits + split) * 2 + sink, split < splits, 0)
+        count = tl.load(part_count_ptr + (s * splits + split) * 2 + sink, split < splits, 0)
         tokens += count
-        rows = part_ptr + ((b * splits + split) * 2 * MOMENTS + moment) * K
+        rows = part_ptr + ((s * splits + split) * 2 * MOMENTS + moment) * K
         read = (count > 0)[:, None] & (columns < K)[None, :]
         total += tl.load(rows[:, None] + columns[None, :], read, 0).to(tl.float64)
     value = _fold(total).to(moment_ptr.dtype.element_ty)
     tl.store(moment_ptr + item * K + columns, value, columns < K)
     if (block == 0) & (moment % MOMENTS == 0):
-        tl.store(count_ptr + 2 * b + sink, tl.sum(tokens))
+        tl.store(count_ptr + 2 * s + sink, tl.sum(tokens))
     # Parts that are finite may add up to more than float32 holds.
     if tl.max((~(tl.abs(value) < float("inf"))).to(tl.int32)) != 0:
-        tl.store(bad_ptr + b, 1)
+        tl.store(bad_ptr + s, 1)
 
 
 @triton.jit
 def _persona_kernel(
-    moment_ptr, count_ptr, persona_ptr, sums_ptr, stride_pb, stride_sp, stride_sf, stride_sk, B, K,
+    moment_ptr, count_ptr, persona_ptr, sums_ptr, stride_ps, stride_sp, stride_sf, stride_sk, sequences, K,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add one field of a persona's sequences, from moments ``[B, 6, K]``, to ``sums`` ``[P, 8, K]``."""
+    """Add one field of a persona's sequences, from moments ``[S, 6, K]``, to ``sums`` ``[P, 8, K]``."""
     blocks = tl.cdiv(K, BLOCK_K)
     block = tl.program_id(0) % blocks
     field = tl.program_id(0) // blocks % FIELD_COUNT
@@ -152,12 +158,12 @@ def _persona_kernel(
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     total = tl.zeros((LANES, BLOCK_K), tl.float64)
     owned = tl.zeros((LANES,), tl.int32)
-    for start in range(0, B, LANES):
-        b = start + tl.arange(0, LANES).to(tl.int64)
-        mine = tl.load(persona_ptr + b * stride_pb, b < B, -1) == persona
+    for start in range(0, sequences, LANES):
+        s = start + tl.arange(0, LANES).to(tl.int64)
+        mine = tl.load(persona_ptr + s * stride_ps, s < sequences, -1) == persona
         owned += mine.to(tl.int32)
-        count = tl.load(count_ptr + 2 * b + moment // MOMENTS, mine, 0)
-        rows = moment_ptr + (b * 2 * MOMENTS + moment) * K
+        count = tl.load(count_ptr + 2 * s + moment // MOMENTS, mine, 0)
+        rows = moment_ptr + (s * 2 * MOMENTS + moment) * K
         read = (mine & (count > 0))[:, None] & (columns < K)[None, :]
         value = tl.load(rows[:, None] + columns[None, :], read, 0).to(tl.float64)
         mean = value / tl.maximum(count, 1).to(tl.float64)[:, None]
@@ -176,30 +182,36 @@ def split_block(dtype: torch.dtype) -> int:
     return 512 // dtype.itemsize
 
 
-def activation_stats_triton(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor) -> Tensor:
-    """See ``kernels.ops.activation_stats``. Never waits for the device."""
-    B, T, K = x.shape
-    bad = torch.zeros(B, dtype=torch.bool, device=x.device)
-    if 0 in (B, T, K):
+def activation_stats_triton(
+    x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spans: Tensor | None = None
+) -> Tensor:
+    """See ``kernels.ops.activation_stats``. Never waits for the device. Spans take the programs and the room of the
+    padded batch that they replace."""
+    (S,), (_, T, K) = persona.shape, x.shape
+    bad = torch.zeros(S, dtype=torch.bool, device=x.device)
+    if spans is not None and S:
+        T = int((spans[:, 2] - spans[:, 1]).max())
+        spans = spans.contiguous().to(x.device, non_blocking=True)
+    if 0 in (S, T, K):
         return bad
     splits = triton.cdiv(T, SPLIT.value)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    moments = torch.empty(B, splits, 6, K, dtype=work, device=x.device)
-    counts = torch.empty(B, splits, 2, dtype=torch.int32, device=x.device)
+    moments = torch.empty(S, splits, 6, K, dtype=work, device=x.device)
+    counts = torch.empty(S, splits, 2, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         block = split_block(x.dtype)
-        _split_kernel[(B * splits * triton.cdiv(K, block),)](
-            x, role, persona, moments, counts, bad, *x.stride(), *role.stride(), *persona.stride(),
+        _split_kernel[(S * splits * triton.cdiv(K, block),)](
+            x, role, persona, spans, moments, counts, bad, *x.stride(), *role.stride(), *persona.stride(),
             T, K, splits, sums.shape[0],
             WORK=tl.float64 if work == torch.float64 else tl.float32, BLOCK_K=block,
         )  # fmt: skip
         blocks = triton.cdiv(K, FOLD_BLOCK)
         if splits > 1:
             parts, part_counts = moments, counts
-            moments, counts = parts.new_empty(B, 6, K), part_counts.new_empty(B, 2)
-            _combine_kernel[(B * 6 * blocks,)](parts, part_counts, moments, counts, bad, K, splits, BLOCK_K=FOLD_BLOCK)
+            moments, counts = parts.new_empty(S, 6, K), part_counts.new_empty(S, 2)
+            _combine_kernel[(S * 6 * blocks,)](parts, part_counts, moments, counts, bad, K, splits, BLOCK_K=FOLD_BLOCK)
         _persona_kernel[(sums.shape[0] * len(FIELDS) * blocks,)](
-            moments, counts, persona, sums, *persona.stride(), *sums.stride(), B, K,
+            moments, counts, persona, sums, *persona.stride(), *sums.stride(), S, K,
             BLOCK_K=FOLD_BLOCK,
         )  # fmt: skip
     return bad

@@ -1,4 +1,4 @@
-"""Row-wise mask selection in C++ (``csrc/mask_select``)."""
+"""Row-wise mask selection in C++, and in CUDA for tensors there (``csrc/mask_select``)."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from kernels.ops.mask_select.reference import reject_unordered
 
 def new_bits(values: Tensor) -> Tensor:
     """Room for the packed mask of ``values`` ``[N, K]``: uint8 ``[N, ceil(K / 8)]``."""
-    return torch.empty(values.shape[0], (values.shape[1] + 7) // 8, dtype=torch.uint8)
+    return torch.empty(values.shape[0], (values.shape[1] + 7) // 8, dtype=torch.uint8, device=values.device)
 
 
 def mask_select_cpp(weight: Tensor, channel_score: Tensor, keep: int) -> Tensor:

@@ -44,6 +44,18 @@ def test_a_sequence_has_the_same_bits_in_every_batch():
     assert torch.equal(together, alone)
 
 
+def test_spans_over_several_splits_have_the_bits_of_rows():
+    x, role, _ = batch_of((2, 530, 5), torch.float16)
+    spans = [[0, 3, 520], [1, 0, 256], [1, 256, 530], [0, 0, 2]]
+    together, apart = zero_sums(5), zero_sums(5)
+    spoiled = activation_stats(x, role, torch.arange(4), together, torch.tensor(spans))
+    assert not spoiled.any()
+    for s, (row, first, last) in enumerate(spans):
+        own = slice(row, row + 1), slice(first, last)
+        activation_stats(x[own], role[own], torch.tensor([s]), apart)
+    assert torch.equal(together, apart)
+
+
 def test_more_sequences_than_lanes_of_one_persona():
     x, role, _ = batch_of((19, 3, 5), torch.float64)
     persona = torch.full((19,), 1)
