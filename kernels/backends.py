@@ -59,8 +59,11 @@ def register_missing(op: str, backend: str, reason: str, devices: tuple[str, ...
 
 def forced(op: str) -> str | None:
     """The backend that the environment forces for ``op``, or None."""
+    value = os.environ.get(ENVIRONMENT)
+    if not value:
+        return None
     chosen = None
-    for part in filter(None, (p.strip() for p in os.environ.get(ENVIRONMENT, "").split(","))):
+    for part in filter(None, (p.strip() for p in value.split(","))):
         name, _, backend = (word.strip() for word in part.rpartition("="))
         if name in ("", op):
             _check_backend_name(backend)

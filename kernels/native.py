@@ -30,6 +30,8 @@ def problem() -> str | None:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__} ({error}); {REBUILD}"
+    if not hasattr(torch.ops.persona_native, "has_cuda"):
+        return f"{LIBRARY.name} is older than these sources; {REBUILD}"
     if forced := os.environ.get(ENVIRONMENT):
         use_instruction_set(forced)
     return None

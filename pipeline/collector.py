@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.experts import experts_forward, plain_product
-from kernels.ops.activation_stats import COUNTED, IGNORED, SINK, activation_stats
+from kernels.ops.activation_stats import COUNTED, SINK, activation_stats
 from pipeline.errors import SpoiledError, UserError
 from pipeline.exact import ExactSums
 from pipeline.experts import by_module, find_experts
@@ -95,7 +95,9 @@ class Collector:
             else:
                 self.stats.sums[site] += mean
             self._whole.add(site)
-        self._count(self.stats.counts, role, persona, torch.ones_like(persona))
+        self._count(
+            self.stats.counts, persona, (role == COUNTED).sum(1), (role == SINK).sum(1), torch.ones_like(persona)
+        )
 
     def _hook(self, site: str):
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -111,20 +113,22 @@ class Collector:
 
         return before
 
-    def _sum(self, site: str, x: Tensor, role: Tensor, persona: Tensor, calls: int) -> Tensor:
+    def _sum(
+        self, site: str, x: Tensor, role: Tensor, persona: Tensor, calls: int, spans: Tensor | None = None
+    ) -> Tensor:
         """Add a call's sums: those of a layer that is called several times are averaged when the batch ends."""
         sums = self.stats.sums[site]
         if site in self._several:
-            return activation_stats(x, role, persona, self._repeated.setdefault(site, torch.zeros_like(sums)))
+            return activation_stats(x, role, persona, self._repeated.setdefault(site, torch.zeros_like(sums)), spans)
         if calls > 1:
             raise UserError(f"layer {site} was called twice in a pass, but once before; exclude it (--exclude)")
         if site not in self.exact:
-            bad = activation_stats(x, role, persona, sums)
+            bad = activation_stats(x, role, persona, sums, spans)
             self._whole.add(site)
             return bad
         present, place = persona.unique(return_inverse=True)
         part = sums.new_zeros(len(present), *sums.shape[1:])
-        bad = activation_stats(x, role, place, part)
+        bad = activation_stats(x, role, place, part, spans)
         self.exact[site].add(present, part)
         self._whole.add(site)
         return bad
@@ -156,14 +160,14 @@ class Collector:
             return
         sequence = tokens // role.shape[1]
         each = torch.bincount(sequence, minlength=len(role))
-        # The rows of a sequence move together, so that the op sees sequences and not mostly ignored positions.
-        place = torch.arange(len(tokens), device=x.device) - (each.cumsum(0) - each)[sequence]
-        width = int(each.max())
-        padded, roles = x.new_zeros(len(role), width, x.shape[1]), role.new_full((len(role), width), IGNORED)
-        padded[sequence, place], roles[sequence, place] = x, role.flatten()[tokens]
-        self._add(site, self._sum(site, padded, roles, persona, 1))
+        last = each.cumsum(0)
+        # The rows of a sequence lie together: x is one row of the op, and holds a span of every sequence.
+        spans = torch.stack([torch.zeros_like(last), last - each, last], 1).cpu()
+        roles = role.flatten()[tokens]
+        self._add(site, self._sum(site, x.unsqueeze(0), roles.unsqueeze(0), persona, 1, spans))
+        counted, sinks = (torch.bincount(sequence[roles == kind], minlength=len(role)) for kind in (COUNTED, SINK))
         # A sequence none of whose counted tokens came here is no sample of this expert.
-        self._count(self.stats.routed[site], roles, persona, (roles == COUNTED).any(1))
+        self._count(self.stats.routed[site], persona, counted, sinks, counted > 0)
 
     def tensors(self) -> list[Tensor]:
         """What adds up over devices: the sums of all sites and the counts."""
@@ -182,11 +186,9 @@ class Collector:
     def _add(self, site: str, bad: Tensor) -> None:
         self._bad[site] = self._bad[site] | bad if site in self._bad else bad
 
-    def _count(self, counts: Tensor, role: Tensor, persona: Tensor, samples: Tensor) -> None:
-        new = torch.zeros(len(persona), 3, dtype=torch.float64, device=role.device)
-        new[:, TOKENS] = (role == COUNTED).sum(1)
-        new[:, SINKS] = (role == SINK).sum(1)
-        new[:, SAMPLES] = samples.double()
+    def _count(self, counts: Tensor, persona: Tensor, counted: Tensor, sinks: Tensor, samples: Tensor) -> None:
+        new = torch.zeros(len(persona), 3, dtype=torch.float64, device=persona.device)
+        new[:, TOKENS], new[:, SINKS], new[:, SAMPLES] = counted, sinks, samples
         # Whole numbers: their float64 sum is exact in any order.
         counts.index_add_(0, persona, new)
 

@@ -105,7 +105,7 @@ PERSONA_INLINE void point(const Rows<T>& x, const std::int32_t* token, int count
     const T* source = x.base + token[r] * x.stride_token;
     row[r] = whole ? source : block.copy[r];
     if (whole) continue;
-    // The copy's channels past the last were zeroed once and stay so.
+    // The copy's channels past the last are zeros.
     if (x.stride_channel == 1)
       std::memcpy(block.copy[r], source, static_cast<std::size_t>(x.width) * sizeof(T));
     else
@@ -190,11 +190,10 @@ template <class V, class T>
 void activation_stats_of(const StatsArguments& a, std::int64_t first, std::int64_t last, std::uint8_t* bad) {
   Block<T> block;
   std::memset(block.partial, 0, sizeof block.partial);
-  std::memset(block.copy, 0, sizeof block.copy);
   for (; first < last; first += kBlock) {
     const std::int64_t width = last - first < kBlock ? last - first : kBlock;
-    // A narrower last block finds values of the one before behind its own channels.
-    if (width < kBlock) std::memset(block.copy, 0, sizeof block.copy);
+    // Vectors reach behind the last channel of a copied row.
+    if (width % (2 * V::width) != 0) std::memset(block.copy, 0, sizeof block.copy);
     for (std::int64_t s = 0; s < a.sequences; ++s) bad[s] |= add_sequence<V, T>(a, s, first, width, block);
   }
 }

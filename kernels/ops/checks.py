@@ -12,12 +12,21 @@ def describe(tensor: Tensor) -> str:
 
 def shape(op: str, name: str, tensor: Tensor, expected: tuple[int | None, ...], dims: str) -> None:
     """``expected`` holds a size or None (any) per dimension; ``dims`` names them, e.g. "[N, K]"."""
-    fits = tensor.dim() == len(expected) and all(e in (None, s) for e, s in zip(expected, tensor.shape, strict=True))
-    if not fits:
+    if not _fits(tensor.shape, expected):
         wanted = [
             dim if size is None else size for dim, size in zip(dims.strip("[]").split(", "), expected, strict=True)
         ]
         raise ValueError(f"{op}: {name} {dims} must be {wanted}, got {describe(tensor)}")
+
+
+def _fits(sizes: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    if len(sizes) != len(expected):
+        return False
+    # Not all(...) of a generator, which takes several times as long: every call of every op comes here.
+    for size, wanted in zip(sizes, expected, strict=True):  # noqa: SIM110
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,14 @@ def test_missing_library_is_said_once_with_what_to_do(missing):
     assert len(heard) == 1
     assert native.instruction_sets() == []
     assert native.describe().startswith("missing: the native ops are not built")
+
+
+@needs_library
+def test_older_library_is_reported(monkeypatch):
+    native.problem.cache_clear()
+    monkeypatch.setattr(torch.ops, "persona_native", types.SimpleNamespace())
+    assert native.problem() == f"{native.LIBRARY.name} is older than these sources; {native.REBUILD}"
+    native.problem.cache_clear()
 
 
 def test_broken_library_is_reported(missing):

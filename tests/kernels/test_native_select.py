@@ -13,7 +13,7 @@ from kernels.ops.mask_select.reference import mask_select_reference, mask_select
 from kernels.ops.pack_bits.cpp import pack_bits_cpp, unpack_bits_cpp
 from kernels.ops.pack_bits.reference import pack_bits_reference, unpack_bits_reference
 
-SHAPES = [(1, 1), (3, 7), (5, 63), (4, 64), (9, 65), (33, 577), (3, 1536), (0, 9), (4, 0)]
+SHAPES = [(1, 1), (3, 7), (5, 63), (4, 64), (9, 65), (33, 577), (3, 1536), (1, 65536), (0, 9), (4, 0)]
 ADVERSARIAL = {
     "zeros": lambda *s: torch.zeros(s),
     "signed zeros": lambda *s: torch.randn(s) * 0.0,

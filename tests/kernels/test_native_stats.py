@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracles import DTYPES, assert_as_accurate, strided
@@ -133,6 +134,27 @@ def test_spans_have_the_bits_of_a_padded_batch(isa, threads, dtype):
         spoiled = activation_stats_cpp(x, role, persona, sums, strided(torch.tensor(PACKED)))
         assert torch.equal(spoiled, expected[0])
         assert torch.equal(sums, expected[1])
+
+
+def test_offsets_past_32_bits(isa):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    stride = 2**31 + 16
+    # Pages that nobody writes take no memory.
+    x = torch.from_numpy(np.zeros(stride + 2**17, dtype=np.float16)).as_strided((2, 2, 65536), (stride, 65536, 1))
+    x[1] = torch.randn(2, 65536)
+    role, persona = torch.ones(2, 2, dtype=torch.uint8), torch.tensor([0, 1])
+    _, oracle = run(activation_stats_reference, x.double(), role, persona)
+    _, sums = run(activation_stats_cpp, x, role, persona)
+    torch.testing.assert_close(sums, oracle, rtol=2e-6, atol=1e-12)
+
+
+def test_millions_of_tokens(isa):
+    x, role = torch.tensor([0.1, -3.0, 7e4]).expand(1, 2_000_003, 3), torch.ones(1, 2_000_003, dtype=torch.uint8)
+    _, sums = run(activation_stats_cpp, x, role, torch.tensor([1]))
+    value = x[0, 0].double()
+    square, count = value.square(), x.shape[1]
+    expected = torch.stack([square.sqrt(), square, square * count, value.abs() * count, value * count])
+    torch.testing.assert_close(sums[1, :5], expected, rtol=2e-6, atol=0)
 
 
 def test_unknown_roles_are_ignored(isa):

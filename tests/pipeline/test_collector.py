@@ -46,8 +46,8 @@ def forward(model, batch, rows=slice(None)):
         model.base_model(input_ids=batch[0][rows], attention_mask=batch[1][rows], use_cache=False)
 
 
-def collect(collector, batch, rows=slice(None)):
-    with collector.collecting(), collector.batch(batch[2][rows], batch[3][rows], SOURCES[rows]):
+def collect(collector, batch, rows=slice(None), sources=SOURCES):
+    with collector.collecting(), collector.batch(batch[2][rows], batch[3][rows], sources[rows]):
         forward(collector.model, batch, rows)
 
 
@@ -73,6 +73,28 @@ def test_sums_are_those_of_unpadded_passes(collector, batch):
     for name, sums in expected.items():
         torch.testing.assert_close(collector.stats.sums[name], sums, rtol=1e-4, atol=1e-6)
     assert collector.stats.counts.tolist() == [[2, 8, 2], [1, 2, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_statistics_are_exact_to_two_millionths(model, dtype):
+    """Against float64 sums of the very activations that the hooks saw."""
+    model.to(dtype)
+    sites, _ = find_sites(model, find_linears(model), torch.device("cpu"))
+    collector = Collector(model, ActivationStats.zeros(("up", "down"), sites))
+    ids, role, persona = torch.randint(2, 200, (6, 250)), torch.ones(6, 250, dtype=torch.uint8), torch.arange(6) % 2
+    role[:, 0], role[torch.rand(6, 250) < 0.2] = SINK, IGNORED
+    seen = {}
+    for site in sites:
+        layer = model.get_submodule(site.name)
+        layer.register_forward_pre_hook(lambda _, x, n=site.name: seen.__setitem__(n, x[0].clone()))
+    collect(collector, (ids, torch.ones_like(ids), role, persona), slice(0, 6), [str(b) for b in range(6)])
+    for site in sites:
+        assert seen[site.name].dtype == dtype
+        for index, name in enumerate(("up", "down")):
+            exact = seen[site.name].double()[(role == COUNTED) & (persona == index)[:, None]]
+            measured = collector.stats.channels(name, site.name)
+            torch.testing.assert_close(measured.mean_abs, exact.abs().mean(0), rtol=2e-6, atol=0)
+            torch.testing.assert_close(measured.mean_square, exact.square().mean(0), rtol=2e-6, atol=0)
 
 
 def test_batches_add_up(collector, batch):

@@ -14,7 +14,6 @@ IGNORED, COUNTED, SINK = 0, 1, 2
 __all__ = ["COUNTED", "FIELDS", "IGNORED", "SINK", "activation_stats"]
 
 
-@torch.library.custom_op("persona::activation_stats", mutates_args=("sums",))
 def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spans: Tensor | None = None) -> Tensor:
     """Add the statistics of a batch of sequences to the sums of their personas.
 
@@ -43,6 +42,14 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spa
     Raises ValueError if a persona or the tokens of a span do not exist. A GPU backend must not wait for the values
     of ``persona``: it adds such a sequence to nothing and returns True for it.
     """
+    # This runs at every layer of every batch, where torch's wrapper of an op takes longer than the checks and the
+    # kernel's start together. It serves tracing, subclasses and autograd; other tensors go past it.
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad:
+        return _op(x, role, persona, sums, spans)
+    return _compute(x, role, persona, sums, spans)
+
+
+def _compute(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spans: Tensor | None = None) -> Tensor:
     op = "activation_stats"
     checks.dtype(op, "x", x, checks.FLOATS)
     checks.shape(op, "x", x, (None, None, None), "[B, T, K]")
@@ -84,7 +91,10 @@ def _check_spans(spans: Tensor, batch: int, tokens: int) -> None:
             )
 
 
-@activation_stats.register_fake
+_op = torch.library.custom_op("persona::activation_stats", _compute, mutates_args=("sums",))
+
+
+@_op.register_fake
 def _(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spans: Tensor | None = None) -> Tensor:
     return x.new_empty((persona.shape[0],), dtype=torch.bool)
 
