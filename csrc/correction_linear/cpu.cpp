@@ -1,4 +1,6 @@
 // The dense product less the products of listed weights, on torch's CPU threads.
+#include <utility>
+
 #include "../masked_linear/launch.h"
 #include "../ops.h"
 
@@ -32,6 +34,29 @@ std::vector<RemovedRows> removed_of(const Tensor& columns, const Tensor& offsets
   return removed;
 }
 
+template <class T>
+void widen(const Tensor& x, std::vector<float>& out) {
+  const T* data = static_cast<const T*>(x.const_data_ptr());
+  out.reserve(static_cast<size_t>(x.numel()));
+  for (int64_t m = 0; m < x.size(0); ++m)
+    for (int64_t k = 0; k < x.size(1); ++k) out.push_back(to_float(data[m * x.stride(0) + k * x.stride(1)]));
+}
+
+/// x [M, K] in float32 with adjacent columns, and the elements from one row to the next. `copy` holds it where x itself
+/// is not like that.
+std::pair<const float*, int64_t> flat_rows(const Tensor& x, std::vector<float>& copy) {
+  switch (element_of(x, "x")) {
+    case Element::f32:
+      if (x.stride(1) == 1) return {static_cast<const float*>(x.const_data_ptr()), x.stride(0)};
+      widen<float>(x, copy);
+      break;
+    case Element::bf16: widen<bf16>(x, copy); break;
+    case Element::f16: widen<f16>(x, copy); break;
+    case Element::f64: break;
+  }
+  return {copy.data(), x.size(1)};
+}
+
 }  // namespace
 
 bool correction_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& columns, const Tensor& offsets,
@@ -42,8 +67,10 @@ bool correction_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
   check_plain(columns, "columns", ScalarType::UInt16, {columns.size(0)});
   check_plain(offsets, "offsets", ScalarType::Int, {offsets.size(0), weight.size(0) + 1});
   const std::vector<uint8_t> plain(static_cast<size_t>(bytes_of(weight.size(1))), 0xff);
-  const Gates gates{
-      {{plain.data(), 0}}, 0, removed_of(columns, offsets, persona, x.size(0)), static_cast<float>(1 - gamma)};
+  std::vector<float> copy;
+  const auto [flat, flat_stride] = flat_rows(x, copy);
+  const Gates gates{{{plain.data(), 0}},           0,    removed_of(columns, offsets, persona, x.size(0)),
+                    static_cast<float>(1 - gamma), flat, flat_stride};
   if (gates.removed.empty() && x.size(0) > 0) return false;
   if (x.size(0) > 0) multiply_rows(x, weight, gates, bias, y);
   return true;

@@ -9,22 +9,17 @@ namespace {
 
 /// The sum of `w x` over the weights of row n that are removed for row m of x. Four running sums: a single one would
 /// wait for itself. A column that does not exist counts as the last one.
-template <class V, class T>
+template <class T>
 PERSONA_INLINE float removed_sum(const MaskedArguments& a, std::int64_t m, std::int64_t n) {
   const RemovedRows& removed = a.removed[m];
   if (removed.offsets == nullptr || a.weight.columns == 0) return 0;
-  constexpr std::int64_t strip = strip_columns<T>();
-  const std::int64_t last_strip = (a.weight.columns - 1) / strip * strip;
-  const std::int64_t last_stride = padded_steps(a.weight.columns - last_strip);
   const T* w = static_cast<const T*>(a.weight.data) + n * a.weight.stride[0];
-  const auto* x = static_cast<const typename Product<V, T>::X*>(a.x);
-  const std::int64_t end = removed.offsets[n + 1];
+  const float* x = a.flat + m * a.flat_stride;
+  const std::int64_t end = removed.offsets[n + 1], last = a.weight.columns - 1;
   float sum[4] = {};
   const auto product = [&](std::int64_t i) {
-    std::int64_t k = removed.columns[i];
-    k = k < a.weight.columns ? k : a.weight.columns - 1;
-    const std::int64_t start = k / strip * strip, stride = start == last_strip ? last_stride : strip;
-    return to_float(w[k]) * to_float(x[start * a.rows + m * stride + k - start]);
+    const std::int64_t listed = removed.columns[i], k = listed < last ? listed : last;
+    return to_float(w[k]) * x[k];
   };
   std::int64_t i = removed.offsets[n];
   for (; i + 4 <= end; i += 4)

@@ -45,6 +45,9 @@ struct MaskedArguments {
   // Null, or [M]: `removed_scale` times the products of these weights is taken away again (correction_linear).
   const RemovedRows* removed;
   float removed_scale;
+  // x once more where there are lists: they jump from column to column. Float32 [M, K], columns adjacent.
+  const float* flat;
+  std::int64_t flat_stride;
 };
 
 /// Takes `scale` times the products of the removed weights away from y `[M, N]`.

@@ -69,7 +69,9 @@ void multiply_rows(const Tensor& x, const Tensor& weight, const Gates& gates, co
           static_cast<char*>(y.mutable_data_ptr()) + static_cast<size_t>(m * outputs) * y.element_size(),
           outputs,
           gates.removed.empty() ? nullptr : gates.removed.data() + m,
-          gates.removed_scale};
+          gates.removed_scale,
+          gates.removed.empty() ? nullptr : gates.flat + m * gates.flat_stride,
+          gates.flat_stride};
       kernel(arguments, first, last);
     }
   });
@@ -84,7 +86,7 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
                       bits.size(2) == row_bytes && (row_bytes < 2 || bits.numel() == 0 || bits.stride(2) == 1),
                   "bits must be uint8 [P, N, ceil(K/8)] with adjacent bytes");
   const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
-  const Gates gates{masks_of(bits, persona, plain), static_cast<float>(gamma), {}, 0};
+  const Gates gates{masks_of(bits, persona, plain), static_cast<float>(gamma), {}, 0, nullptr, 0};
   if (gates.masks.empty() && persona.size(0) > 0) return false;
   if (x.size(0) > 0) multiply_rows(x, weight, gates, bias, y);
   return true;

@@ -127,7 +127,7 @@ PERSONA_INLINE void write(const MaskedArguments& a, std::int64_t n, std::int64_t
     for (std::int64_t m = 0; m < a.rows; ++m) {
       float y = V::sum(work.sum[m][r]);
       // The row of the weight has just been read and is still in a cache.
-      if (a.removed != nullptr) y -= a.removed_scale * removed_sum<V, T>(a, m, row);
+      if (a.removed != nullptr) y -= a.removed_scale * removed_sum<T>(a, m, row);
       narrow(y + bias, static_cast<T*>(a.y)[m * a.y_stride + row]);
     }
   }

@@ -47,6 +47,8 @@ struct Gates {
   float gamma;
   std::vector<RemovedRows> removed;
   float removed_scale;
+  const float* flat;  // with `removed`: x as MaskedArguments wants it
+  int64_t flat_stride;
 };
 
 void check_weight(const Tensor& weight, const Tensor& like);

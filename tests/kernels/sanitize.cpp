@@ -210,8 +210,8 @@ void check_correction(const Kernels& k, Element element, std::int64_t rows, std:
   std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * size)), after = y;
   k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
   const Matrix weight{w.bytes.data(), outputs, columns, {columns, 1}};
-  MaskedArguments arguments{prepared.data(), rows, weight,   element, &mask,          true, 0,
-                            nullptr,         0,    y.data(), outputs, removed.data(), 0.75f};
+  MaskedArguments arguments{prepared.data(), rows,    weight,         element, &mask,          true,   0, nullptr, 0,
+                            y.data(),        outputs, removed.data(), 0.75f,   x.value.data(), columns};
   k.masked_linear(arguments, 0, outputs);
   arguments.y = after.data();
   arguments.removed = nullptr;

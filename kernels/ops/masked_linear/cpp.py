@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels.ops.masked_linear.reference import check_personas, masked_linear_reference
 
@@ -65,8 +64,16 @@ def by_panels(x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: f
         for index, rows in segments:
             if index >= 0:
                 torch.ops.persona_native.gate_rows(weight_panel, bits[index, panel], gamma, gated)
-            y[rows, panel] = F.linear(ordered[rows], gated if index >= 0 else weight_panel, bias_panel)
+            dense_product(ordered[rows], gated if index >= 0 else weight_panel, bias_panel, y[rows, panel])
     return y if order is None else torch.empty_like(y).index_copy_(0, order, y)
+
+
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """``y = x weight^T + bias`` into a part of a result, which a product of its own would have to be copied to."""
+    if bias is None:
+        torch.mm(x, weight.T, out=y)
+    else:
+        torch.addmm(bias, x, weight.T, out=y)
 
 
 def segments_of(persona: Tensor, count: int) -> tuple[Tensor | None, list[tuple[int, slice]]]:

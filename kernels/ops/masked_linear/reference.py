@@ -57,7 +57,7 @@ def rows_of_each(
 
 def check_personas(persona: Tensor, personas: int, op: str = "masked_linear") -> list[int]:
     """The persona indices present, in order; ValueError if one of them has no mask."""
-    present = persona.unique().tolist()
+    present = persona.tolist() if persona.shape[0] == 1 else persona.unique().tolist()
     if present and not -1 <= present[0] <= present[-1] < personas:
         raise ValueError(f"{op}: persona must lie in -1..{personas - 1}, got {present}")
     return present

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels.ops.masked_linear.cpp import panel_rows
+from kernels.ops.masked_linear.cpp import dense_product, panel_rows
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
 MOST_ROWS_DIRECT = 16
@@ -27,5 +26,5 @@ def sparse_linear_cpp(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, 
         count = panel.stop - panel.start
         dense = torch.empty(count, x.shape[1], dtype=x.dtype) if dense is None else dense[:count]
         torch.ops.persona_native.expand_rows(values, bits, offsets, panel.start, dense)
-        y[:, panel] = F.linear(x, dense, None if bias is None else bias[panel])
+        dense_product(x, dense, None if bias is None else bias[panel], y[:, panel])
     return y
