@@ -118,7 +118,11 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
     make likelier and not only the opponent's less likely. Holds 4 bytes per answer token and word of the vocabulary.
     """
     prompter = Prompter(tokenizer)
-    sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id}
+    sizes: dict[str, Any] = {
+        "batch_tokens": config.batch_tokens,
+        "pad": tokenizer.pad_token_id,
+        "undivided": config.undivided,
+    }
 
     def encode(items: list[Item]) -> list[Encoded]:
         texts = [prompter.encode(item.question, item.matching) for item in items]

@@ -116,13 +116,13 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
 
     from pipeline.experts import find_experts
     from pipeline.gradients import gradient_file
-    from pipeline.loading import load_model
     from pipeline.shares import SHARDS
     from pipeline.staging import MASKS
     from pipeline.store import MANIFEST
+    from pipeline.weights import weights_of
 
     before = differing.get("criterion", config.criterion)
-    if (before in FIRST_ORDER) != (config.criterion in FIRST_ORDER) and find_experts(load_model(config.model)):
+    if (before in FIRST_ORDER) != (config.criterion in FIRST_ORDER) and find_experts(weights_of(config).model):
         raise UserError(
             f"--resume {config.output}: {before} and {config.criterion} do not measure the same layers of a mixture of "
             f"experts; begin anew with --overwrite"

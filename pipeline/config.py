@@ -248,7 +248,8 @@ class CalibrateConfig:
             )
         if self.deterministic and self.criterion in FIRST_ORDER:
             raise UserError(
-                f"--strategy fsdp adds up gradients in one order only: leave --deterministic for {self.criterion}"
+                "--strategy fsdp adds gradients in an order that depends on the number of devices: leave "
+                f"--deterministic for {self.criterion}"
             )
 
     @property

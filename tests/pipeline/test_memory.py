@@ -71,6 +71,45 @@ def test_masks_of_the_default_criterion_are_the_same(words, tmp_path, monkeypatc
     assert different <= 1e-3 * weights
 
 
+def test_likelihoods_are_measured_in_halves(ground, monkeypatch, capsys):
+    """What the budget and an evaluation are made of; the order of the answers stays."""
+    from pipeline.data.prompts import Encoded
+    from pipeline.likelihood import answer_distributions, answer_scores, divergence
+
+    model = load_model(str(ground.llama))
+    texts = [Encoded(tuple(range(3 + i, 13 + i + i % 3)), 4, range(0)) for i in range(7)]
+    sizes = {"batch_tokens": 100, "pad": 0}
+    scores, before = answer_scores(model, texts, **sizes), answer_distributions(model, texts, **sizes)
+    failed = short_of_memory(monkeypatch, 2, 1)
+    halved = answer_scores(model, texts, **sizes)
+    assert failed == [7, 4, 3]
+    assert capsys.readouterr().err.count("out of memory on a batch of 7 texts") == 1
+    assert [one.tokens for one in halved] == [one.tokens for one in scores]
+    assert [one.total for one in halved] == pytest.approx([one.total for one in scores], abs=1e-4)
+    assert divergence(before, model, texts, **sizes) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match="which --deterministic does not split: lower --batch-tokens"):
+        answer_scores(model, texts, **sizes, undivided="--deterministic")
+    short_of_memory(monkeypatch, 0, 0)
+    with pytest.raises(UserError, match="out of memory on one text of 1[0-2] tokens .* --max-length"):
+        answer_scores(model, texts, **sizes)
+
+
+def test_a_budget_is_found_in_halves(words, tmp_path, monkeypatch, capsys):
+    from pipeline.store import load_masks
+
+    # The masks of one run, so that all that could differ is the search.
+    options = ("--samples", "6", "--sparsity", "0.3", "--criterion", "wanda", "--max-perplexity-increase", "0.02")
+    assert calibrate.main(words(tmp_path / "whole", *options)) == 0
+    failed = short_of_memory(monkeypatch, 2, 1)
+    reused = ("--statistics", tmp_path / "whole")
+    assert calibrate.main(words(tmp_path / "halved", *options, *reused)) == 0
+    assert failed
+    assert "out of memory on a batch of" in capsys.readouterr().err
+    whole, halved = (load_masks(tmp_path / name).manifest["sparsity"] for name in ("whole", "halved"))
+    assert whole["factor"] == halved["factor"]
+    assert halved["perplexity_increase"] == pytest.approx(whole["perplexity_increase"], abs=1e-4)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("lost", [0, 5])
 def test_parts_of_a_batch_count_as_one(ground, parts, lost):

@@ -85,11 +85,40 @@ def test_a_batch_that_does_not_fit_ends_all_processes(words, tmp_path):
     assert "which --strategy fsdp does not split: lower --batch-tokens" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_a_process_that_was_ahead_waits_for_the_other(words, tmp_path):
+    """One is killed in its third batch; after --resume both gather together again, and nothing is counted twice."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from pipeline import calibrate\n"
+        "from pipeline.calibration import StatisticsModule\n"
+        "add = StatisticsModule._add\n"
+        "def killed(self, batch, *rest):\n"
+        "    if self.trainer.global_rank == 1 and self.position == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(self, batch, *rest)\n"
+        "StatisticsModule._add = killed\n"
+        "sys.exit(calibrate.main(sys.argv[1:]))\n"
+    )
+    options = ("--criterion", "wanda", "--sparsity", "0.3", "--accelerator", "cpu", "--batch-tokens", "200")
+    assert sharded(words(tmp_path / "whole", *options)).returncode == 0
+    given = words(tmp_path / "out", *options, "--checkpoint-every", "0", "--devices", "2", "--strategy", "fsdp")
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+    words_again = [sys.executable, "-m", "pipeline.calibrate", "--resume", str(tmp_path / "out")]
+    done = subprocess.run(words_again, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"strategy": "fsdp"}, "--max-perplexity-increase 0"),
-        ({"strategy": "fsdp", "max_perplexity_increase": 0, "deterministic": True}, "no --deterministic"),
+        ({"strategy": "fsdp", "max_perplexity_increase": 0, "deterministic": True}, "leave --deterministic"),
         ({"strategy": "fsdp", "criterion": "wanda", "stream": True}, "--stream runs in one process"),
         ({"strategy": "deepspeed_stage_3"}, "take --strategy fsdp"),
         ({"strategy": "fsdp_cpu_offload"}, "take --strategy fsdp"),
