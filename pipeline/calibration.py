@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint
@@ -23,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.experts import find_experts, other_expert_parameters
 from pipeline.loading import load_model
 from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.progress import Throughput
 from pipeline.ranks import Ranks
 from pipeline.sharding import Sharded, load_sharded
 from pipeline.signals import told, unbroken
@@ -171,25 +170,6 @@ class StatisticsModule(Stage):
         if self.trainer.is_global_zero:
             save_statistics(self.collector.stats, self.target)
         self.trainer.strategy.barrier("statistics written")
-
-
-class Throughput(TQDMProgressBar):
-    """The progress bar with tokens per second over all devices."""
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        super().on_predict_start(trainer, pl_module)
-        self._started = time.monotonic()
-
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any, **options: Any) -> None:
-        super().on_predict_batch_end(trainer, pl_module, *arguments, **options)
-        if not pl_module.tokens_done:
-            return
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = pl_module.tokens_done * trainer.world_size / seconds
-        self.predict_progress_bar.set_postfix_str(f"about {rate:,.0f} tokens/s")
-
-    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
-        return {}
 
 
 def run_pass(config: CalibrateConfig, module: Stage, data: Any = None, *, inference: bool = True) -> None:
