@@ -22,6 +22,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        if error.errno is None:
+            raise
         # A failed write does not say of what.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
