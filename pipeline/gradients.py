@@ -4,8 +4,7 @@ Removing weight ij changes an objective by about ``-W_ij g_ij``. The spread of t
 how much of it other items would share: that is what a mask has to be chosen by.
 """
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pipeline.data.prompts import Encoded, batches_by_tokens
 from pipeline.errors import UserError
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer, answer_weights
+from pipeline.packing import Packed, logits_from, pack
 from pipeline.sharding import own, whole
 from pipeline.sites import maskable, matrix
 from pipeline.tensorfile import write_each
@@ -171,29 +171,52 @@ def accumulating(linears: dict[str, Any], *, at_once: bool = True) -> Iterator[M
 
 
 def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float) -> float:
-    """Differentiate the mean over a right-padded batch, which holds ``share`` of the objective's units.
+    """Differentiate the mean over a batch, which holds ``share`` of the objective's units.
 
     Gradients come out ``SCALE`` times too large. Returns the batch's part of the objective.
     """
-    device = model.get_input_embeddings().weight.device
-    width = max(len(term.encoded) for term in batch)
-    ids = torch.full((len(batch), width), pad, dtype=torch.int64)
-    attention = torch.zeros_like(ids)
-    for row, term in enumerate(batch):
-        ids[row, : len(term.encoded)] = torch.tensor(term.encoded.ids)
-        attention[row, : len(term.encoded)] = 1
-    first = min(max(term.encoded.answer, 1) for term in batch) - 1
-    options: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": attention.to(device), "use_cache": False}
+    # Answers that differ in their last token only (Yes, No) share a row.
+    rows = list(dict.fromkeys(term.encoded.ids[:-1] for term in batch))
+    packed = pack(model, rows, pad, first_of(batch))
+    place = {row: number for number, row in enumerate(rows)}
+    return differentiate(model, packed, batch, [place[term.encoded.ids[:-1]] for term in batch], share)
+
+
+def backward_each(
+    model: Any, batch: Sequence[WeightedAnswer], pad: int, begin: Callable[[Packed], None] = lambda packed: None
+) -> None:
+    """Differentiate each answer of a batch, every one a row of its own; ``begin`` is called before the pass.
+
+    What lies before the rows is common to all of them, and not differentiated.
+    """
+    packed = pack(model, [term.encoded.ids[:-1] for term in batch], pad, first_of(batch))
+    begin(packed)
+    differentiate(model, packed, batch, range(len(batch)), 1.0, through=False)
+
+
+def first_of(batch: Sequence[WeightedAnswer]) -> int:
+    """The first position that predicts an answer's token."""
+    return min(max(term.encoded.answer, 1) for term in batch) - 1
+
+
+def differentiate(
+    model: Any,
+    packed: Packed,
+    batch: Sequence[WeightedAnswer],
+    places: Sequence[int],
+    share: float,
+    *,
+    through: bool = True,
+) -> float:
+    """The backward pass of ``backward``; answer i stands in row ``places[i]``."""
+    first = min(first_of(batch), packed.skipped + packed.ids.shape[1] - 1)
     with torch.inference_mode(False), torch.enable_grad():
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits = model(**options, logits_to_keep=width - first).logits
-        else:
-            logits = model(**options).logits[:, first:]
-        objective = torch.zeros((), device=device)
-        for row, term in enumerate(batch):
+        logits = logits_from(model, packed, first, through=through)
+        objective = torch.zeros((), device=logits.device)
+        for place, term in zip(places, batch, strict=True):
             start = max(term.encoded.answer, 1)
-            targets = torch.tensor(term.encoded.ids[start:], device=device)
-            own = logits[row, start - 1 - first : len(term.encoded) - 1 - first].float()
+            targets = torch.tensor(term.encoded.ids[start:], device=logits.device)
+            own = logits[place, start - 1 - first : len(term.encoded) - 1 - first].float()
             objective = objective + term.weight * torch.log_softmax(own, -1).gather(1, targets.unsqueeze(1)).sum()
         (objective * (SCALE / share)).backward()
     return float(objective.detach())

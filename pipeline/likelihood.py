@@ -1,6 +1,5 @@
 """Log-probabilities of answers and texts: what every evaluation number is made of."""
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 from pipeline.data.prompts import Encoded, batches_by_tokens
 from pipeline.errors import UserError
 from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.packing import logits_from, pack
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,9 @@ def _answer_logits(
 
 
 def _logits_or_none(model: Any, batch: Sequence[tuple[int, ...]], pad: int, first: int) -> Tensor | None:
-    """Logits ``[B, T - first, V]`` of the right-padded batch from position ``first`` on; None if memory is short."""
-    device = model.get_input_embeddings().weight.device
-    width = max(1, *map(len, batch))
-    ids = torch.full((len(batch), width), pad, dtype=torch.int64)
-    attention = torch.zeros_like(ids)
-    for row, prefix in enumerate(batch):
-        ids[row, : len(prefix)] = torch.tensor(prefix)
-        attention[row, : len(prefix)] = 1
+    """Logits ``[B, T - first, V]`` of the batch from position ``first`` on; None if memory is short."""
     try:
-        return _logits_from(model, ids.to(device), attention.to(device), min(first, width - 1))
+        return logits_from(model, pack(model, batch, pad, first), first)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -129,11 +122,3 @@ def perplexity(model: Any, sequences: Sequence[Encoded], *, batch_tokens: int, p
     scores = answer_scores(model, sequences, batch_tokens=batch_tokens, pad=pad)
     mean = -sum(s.total for s in scores) / max(sum(s.tokens for s in scores), 1)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _logits_from(model: Any, ids: Tensor, attention: Tensor, first: int) -> Tensor:
-    """Logits ``[B, T - first, V]`` of the positions from ``first`` on: the output head is the costliest layer."""
-    options: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**options, logits_to_keep=ids.shape[1] - first).logits
-    return model(**options).logits[:, first:]

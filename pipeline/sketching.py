@@ -2,7 +2,8 @@
 
 A linear layer's gradient for one sequence is ``sum_t d_t x_t^T``, with x its input and d what comes back to its output:
 an entry (i, j) costs T products, and no weight gradient is ever formed. One backward pass serves a whole batch, and
-needs no gradient of any weight.
+needs no gradient of any weight. What an answer's gradient owes to the tokens that all rows of its batch begin with (the
+template's) is left out: they are passed once for all (``pipeline.packing``).
 """
 
 import math
@@ -20,9 +21,10 @@ from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
-from pipeline.gradients import IDLE, SCALE, Step, backward
+from pipeline.gradients import IDLE, SCALE, Step, backward_each
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer
+from pipeline.packing import Packed
 from pipeline.sites import maskable, matrix
 from pipeline.store import write_tensors
 from pipeline.whitening import contrast_weights, standardised
@@ -53,7 +55,7 @@ class Coordinates:
 
 
 class Sketcher:
-    """Fills ``out`` with the sketches of a batch's sequences while ``backward`` runs inside ``sketching``."""
+    """Fills ``out`` with the sketches of a batch's answers while ``backward_each`` runs inside ``sketching``."""
 
     def __init__(self, coordinates: Coordinates) -> None:
         self.coordinates = coordinates
@@ -61,10 +63,10 @@ class Sketcher:
         self.width = 0
         self.scattered: set[str] = set()
 
-    def begin(self, batch: int, width: int, device: torch.device) -> None:
-        """Before the pass over ``batch`` right-padded sequences of ``width`` tokens."""
-        self.out = torch.zeros(batch, self.coordinates.total, device=device)
-        self.width = width
+    def begin(self, packed: Packed) -> None:
+        """Before the pass."""
+        batch, self.width = packed.ids.shape
+        self.out = torch.zeros(batch, self.coordinates.total, device=packed.ids.device)
 
     def hook(self, name: str) -> Callable[..., Tensor | None]:
         rows, columns = self.coordinates.rows[name], self.coordinates.columns[name]
@@ -176,16 +178,14 @@ class SketchModule(Stage):
             self._sketch(step.units, step.terms)
             self.tokens_done += sum(len(term.encoded) for term in step.terms)
         elif self.config.sharded:
-            self.sketcher.begin(1, len(IDLE.encoded), self.device)
-            backward(self.model, [IDLE], self.pad, 1.0)
+            backward_each(self.model, [IDLE], self.pad, self.sketcher.begin)
         if step.last:
             self._finish(step.name)
 
     def _sketch(self, units: Sequence[int], terms: Sequence[WeightedAnswer]) -> None:
         """Fill the rows of ``units``, one answer each; in halves if memory is short: every answer is on its own."""
         try:
-            self.sketcher.begin(len(terms), max(len(term.encoded) for term in terms), self.device)
-            backward(self.model, terms, self.pad, 1.0)
+            backward_each(self.model, terms, self.pad, self.sketcher.begin)
             self.rows[list(units)] = self.sketcher.out / SCALE
             return
         except Exception as error:

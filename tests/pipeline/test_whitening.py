@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config import CalibrateConfig
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Encoded
-from pipeline.gradients import SCALE, backward
+from pipeline.gradients import SCALE, backward_each
 from pipeline.loading import load_model
 from pipeline.objectives import WeightedAnswer, likelihood_units, margin_units
 from pipeline.sites import find_linears, matrix
@@ -93,8 +93,7 @@ def test_sketches_are_entries_of_each_answers_gradient(ground, family, exclude):
     coordinates = Coordinates(linears, seed=3, count=500)
     batch = list(answers())
     with sketching(linears, coordinates) as sketcher:
-        sketcher.begin(len(batch), max(len(one.encoded) for one in batch), torch.device("cpu"))
-        backward(model, batch, 0, 1.0)
+        backward_each(model, batch, 0, sketcher.begin)
     assert not sketcher.scattered
     assert all(p.grad is None for p in model.parameters())
     for row, answer in enumerate(batch):
@@ -139,8 +138,7 @@ def test_a_layer_that_reads_some_tokens_only_is_named(ground):
     block.o_proj = Chosen(block.o_proj)
     batch = list(answers())
     with sketching(linears, Coordinates(linears, 0, 500)) as sketcher:
-        sketcher.begin(3, 11, torch.device("cpu"))
-        backward(model, batch, 0, 1.0)
+        backward_each(model, batch, 0, sketcher.begin)
     assert sketcher.scattered == {name}
     assert not sketcher.out[:, sketcher.coordinates.places[name]].any()
     assert sketcher.out.any()
@@ -180,8 +178,7 @@ def test_the_pass_writes_them(ground, tmp_path):
     rows = []
     for unit in (*singles["up"], *singles[NEUTRAL]):
         with sketching(linears, Coordinates(linears, config.seed)) as sketcher:
-            sketcher.begin(1, len(unit[0].encoded), torch.device("cpu"))
-            backward(model, [dataclasses.replace(unit[0])], 0, 1.0)
+            backward_each(model, [dataclasses.replace(unit[0])], 0, sketcher.begin)
         rows.append(sketcher.out[0] / SCALE)
     rows = torch.stack(rows).double()
     every = standardised(rows[:4], rows[4:])
