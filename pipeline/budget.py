@@ -22,8 +22,8 @@ from pipeline.model import PersonaModel
 NEUTRAL_TEXTS = 64
 """Neutral pairs that the gradient of neutral text is measured on; of the others, ``PROBE_TEXTS`` measure the cost."""
 PROBE_TEXTS = 48
-STEPS, FIRST, PROBES, CLOSE = 64, 32, 7, 0.85
-"""The share removed is found in 64ths of ``--sparsity``, from at most so many measurements, the first at 32; a cost of
+STEPS, FIRST, PROBES, CLOSE = 64, 48, 7, 0.85
+"""The share removed is found in 64ths of ``--sparsity``, from at most so many measurements, the first at 48; a cost of
 at least this part of the budget ends the search."""
 POWER = 1.8
 """Cost grows nearly as the square of what is removed; two measurements know better."""
