@@ -7,6 +7,7 @@ cache is measured where a real run would not find the data in one.
 import argparse
 import csv
 import datetime
+import io
 import itertools
 import statistics
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipeline.atomic import replacing
 
 BEYOND_CACHES = 512 * 2**20
 """Bytes: more than the last-level cache of any CPU that this runs on."""
@@ -123,16 +126,23 @@ class Bench:
             f"  {row.ratio_to_peer:>8.2f} x {peer}  {row.ratio_to_bound:>7.2f} x bound"
         )
 
+        self._write()
+
     def close(self) -> None:
-        """Write the CSV, if one was asked for."""
+        """Say where the CSV is, if one was asked for."""
+        if self.output is not None:
+            print(f"written to {self.output}")
+
+    def _write(self) -> None:
+        """The CSV, if one was asked for, after every row: a benchmark that is stopped leaves what it measured."""
         if self.output is None:
             return
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with self.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
-        print(f"written to {self.output}")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        with replacing(self.output) as file:
+            file.write(text.getvalue().encode())
 
 
 def alternate(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
