@@ -1,6 +1,7 @@
 """What ``--conditions`` names: the states of the model that a pair of personas is measured in."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -26,7 +27,7 @@ def check(ground: Ground, pairs: Sequence[PersonaSet]) -> None:
     if {"rag", "steering", "lora"} & set(ground.config.wanted):
         for pair in pairs:
             calibration_items(ground.model.masks.manifest, pair.plus)
-    if {"base", "random"} & set(ground.config.wanted):
+    if {"base", "random", "rows"} & set(ground.config.wanted):
         base_files(ground.model.masks.manifest["options"].get("on", ""))
     if "steering" in ground.config.wanted:
         parse_layers(ground.config.steering_layers, len(decoder_blocks(ground.model.model)))
@@ -143,11 +144,11 @@ def _others(ground: Ground, pair: PersonaSet) -> list[Setting]:
     ]
 
 
-def _random(ground: Ground, pair: PersonaSet) -> list[Setting]:
+def _random(ground: Ground, pair: PersonaSet, condition: str = "random mask", rows: bool = False) -> list[Setting]:
     config = ground.config
-    draws = add_random(ground.model, config.run, pair, config.draws, config.seed)
+    draws = add_random(ground.model, config.run, pair, config.draws, config.seed, rows=rows)
     return [
-        Setting("random mask" if number == 1 else f"random mask {number}", pole, mask=names[pole])
+        Setting(condition if number == 1 else f"{condition} {number}", pole, mask=names[pole])
         for number, names in enumerate(draws, 1)
         for pole in names
     ]
@@ -163,5 +164,6 @@ _MAKERS: dict[str, Callable[[Ground, PersonaSet], list[Setting]]] = {
     "neutral": _neutral,
     "base": _base,
     "random": _random,
+    "rows": partial(_random, condition="random in rows", rows=True),
     "others": _others,
 }

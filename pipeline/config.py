@@ -29,7 +29,7 @@ SIGNED = ("target-shift", *FIRST_ORDER)
 """Criteria of ours: a sign says what may go, so a row may lose fewer weights than asked."""
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *SIGNED)
 ACTIVATIONS = ("softplus", "relu")
-CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "base", "random", "others")
+CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "base", "random", "rows", "others")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
 
@@ -312,7 +312,8 @@ class EvaluateConfig:
     calibration items as earlier turns of the chat), steering (a steering vector from the calibration items, as strong
     as the mask), lora (fine-tuned on the calibration answers, needs peft), mask (own and opponent's), prompt+mask (both
     at once), neutral (a mask made the same way from neutral text), base (the mask that --on named, alone), random
-    (random masks), others (the masks of the run's other personas)."""
+    (random masks), rows (random masks that remove as much of every row as the pole's mask), others (the masks of the
+    run's other personas)."""
     shots: int = 3
     """rag: how many calibration items stand before a question."""
     steering_layers: str = ""

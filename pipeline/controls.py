@@ -14,12 +14,13 @@ from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, load_statistics
 
 
-def add_random(model: Any, run: Path, pair: Any, draws: int, seed: int) -> list[dict[str, str]]:
+def add_random(model: Any, run: Path, pair: Any, draws: int, seed: int, *, rows: bool = False) -> list[dict[str, str]]:
     """Add ``draws`` random masks for each pole of a pair; returns their names by pole, one dictionary a draw.
 
-    Each removes as many weights of every row as the pole's mask. Against a first-order criterion they come from
-    the pool that it chose from, the row's least important weights: any others would cost far more perplexity and
-    make every criterion look good. What the mask below (``--on``) removes, they all remove.
+    Each removes as many weights of every layer as the pole's mask, spread evenly over the rows, or with ``rows`` as
+    many of every row: which outputs lose weights is a part of what the mask says. Against a first-order criterion they
+    come from the pool that it chose from, the row's least important weights: any others would cost far more perplexity
+    and make every criterion look good. What the mask below (``--on``) removes, they all remove.
     """
     chosen, base = [], base_masks(model.masks.manifest["options"].get("on", ""))
     for _ in range(draws):
@@ -28,7 +29,7 @@ def add_random(model: Any, run: Path, pair: Any, draws: int, seed: int) -> list[
             number = len(model.masks.personas)
             names[pole] = f"random-{number}-{pole}"
             pool = _pool(model, run, pole, other, base)
-            model.add(model.masks.random_like(pole, 1000 * seed + number, names[pole], pool, base))
+            model.add(model.masks.random_like(pole, 1000 * seed + number, names[pole], pool, base, rows=rows))
         chosen.append(names)
     return chosen
 

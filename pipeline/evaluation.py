@@ -23,9 +23,10 @@ CONDITIONS = (
     "neutral mask",
     "base mask",
     "random mask",
+    "random in rows",
     "other mask",
 )
-"""Further draws of a random mask are called "random mask 2" and so on, other masks "other mask: NAME"."""
+"""Further draws of a random mask are called "random mask 2" and so on (in rows too), other masks "other mask: NAME"."""
 MASKED = ("own mask", "opponent mask", "prompt and mask", "neutral mask")
 """Conditions with a mask that the run's criterion made; so are other masks."""
 

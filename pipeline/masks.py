@@ -102,11 +102,15 @@ class PersonaMasks:
         name: str,
         pool: Callable[[str], Tensor] | None = None,
         base: "PersonaMasks | None" = None,
+        *,
+        rows: bool = False,
     ) -> "PersonaMasks":
-        """A random mask that keeps as many weights in every row as ``persona`` does: the control.
+        """A random mask that keeps as many weights in every layer as ``persona`` does: the control.
 
-        ``pool(layer)`` (bool ``[N, K]``) says which weights may go, all by default; what ``base`` (of one persona)
-        removes goes anyway. Raises ValueError where a row of the pool holds fewer than the persona removes.
+        They are spread evenly over the rows; with ``rows`` every row loses as many as under the persona's mask, whose
+        choice of outputs the random mask then shares. ``pool(layer)`` (bool ``[N, K]``) says which weights may go, all
+        by default; what ``base`` (of one persona) removes goes anyway. Raises ValueError where the pool holds fewer
+        than have to go.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
@@ -115,8 +119,11 @@ class PersonaMasks:
             below = base.mask(base.personas[0], layer) if base and layer in base.shapes else torch.ones_like(mask)
             removed = (below & ~mask).sum(1)
             candidates = below if pool is None or not removed.any() else pool(layer).to(mask.device) & below
-            if (removed > candidates.sum(1)).any():
-                raise ValueError(f"layer {layer}: {persona!r} removes more weights of a row than its pool holds")
+            room = candidates.sum(1)
+            if (removed > room).any() if rows else removed.sum() > room.sum():
+                raise ValueError(f"layer {layer}: {persona!r} removes more weights than its pool holds")
+            if not rows:
+                removed = _spread(int(removed.sum()), room, generator)
             drawn[layer] = pack_bits(below & ~_random_subset(candidates, removed, generator))
         return self._new(name, drawn)
 
@@ -154,6 +161,21 @@ class PersonaMasks:
 def count_kept(bits: Tensor) -> int:
     """Number of set bits of packed masks (uint8)."""
     return int(torch.bincount(bits.flatten(), minlength=256).cpu() @ _ONES)
+
+
+def _spread(total: int, room: Tensor, generator: torch.Generator) -> Tensor:
+    """``total`` over rows, as evenly as their ``room`` (int64 ``[N]``) allows; the rest goes to random ones."""
+    counts = torch.zeros_like(room)
+    while total:
+        open_rows = (room > counts).nonzero().flatten()
+        share = total // len(open_rows)
+        if not share:
+            counts[open_rows[torch.randperm(len(open_rows), generator=generator)[:total]]] += 1
+            break
+        more = (room - counts)[open_rows].clamp(max=share)
+        counts[open_rows] += more
+        total -= int(more.sum())
+    return counts
 
 
 def _random_subset(candidates: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:

@@ -130,7 +130,7 @@ def means_of(rows: Sequence[Row]) -> list[Mean]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         condition = row.condition
-        for drawn in ("random mask", "other mask"):
+        for drawn in ("random mask", "random in rows", "other mask"):
             condition = drawn if condition.startswith(drawn) else condition
         groups.setdefault((row.label, row.criterion, condition), []).append(row)
     labels = list(dict.fromkeys(row.label for row in rows))

@@ -34,7 +34,7 @@ def ground_of(run, **options):
 
 
 def test_order_of_conditions():
-    shown = [*SHOWN[:-2], "random mask", "random mask 2", "other mask: a", "other mask: own mask"]
+    shown = [*SHOWN[:-3], "random mask", "random mask 2", *SHOWN[-2:-1], "other mask: a", "other mask: own mask"]
     shuffled = random.Random(1).sample(shown, len(shown))
     assert sorted(shuffled, key=place) == shown
     assert EvaluateConfig("run", conditions="mask, prompt,mask").wanted == ["mask", "prompt"]
@@ -156,7 +156,8 @@ def test_types_have_every_condition(words, tmp_path):
     report = json.loads(file.read_text())
     assert {r["pair"] for r in report["records"]} == {"INTJ/ESFP"}
     conditions = {r["condition"] for r in report["records"]}
-    assert conditions >= {*SHOWN[:-2], "random mask 2", "other mask: ISFP", "other mask: ENTJ"} - {"base mask"}
+    drawn = {"random mask 2", "random in rows", "random in rows 2", "other mask: ISFP", "other mask: ENTJ"}
+    assert conditions >= {*SHOWN[:-3], *drawn} - {"base mask"}
     assert "base mask" not in conditions, "the run's masks stand on the whole model"
     assert [s["persona"] for s in report["steering"]] == ["INTJ", "ESFP"]
 

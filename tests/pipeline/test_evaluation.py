@@ -56,10 +56,10 @@ class Counter:
     def get_input_embeddings(self):
         return self.embedding
 
-    def forward(self, input_ids, attention_mask, use_cache):
+    def forward(self, input_ids, use_cache):
         raise NotImplementedError
 
-    def __call__(self, input_ids, attention_mask, use_cache):
+    def __call__(self, input_ids, use_cache):
         self.sequences += len(input_ids)
         logits = torch.zeros(*input_ids.shape, self.embedding.num_embeddings)
         for token, value in self.liked.items():

@@ -75,12 +75,13 @@ def test_measured_on_the_pruned_model(ground, half, run):
 
 def test_random_controls_stand_on_it_too(half, run):
     model = PersonaModel.from_pretrained(run)
-    (names,) = add_random(model, run, PAIR, 1, seed=0)
+    (names,), (rows,) = add_random(model, run, PAIR, 1, seed=0), add_random(model, run, PAIR, 1, seed=0, rows=True)
     below = load_masks(half)
     for layer in model.masks.shapes:
-        own, drawn = model.masks.mask("up", layer), model.masks.mask(names["up"], layer)
-        assert torch.equal(own.sum(1), drawn.sum(1))
-        assert not (drawn & ~below.mask("up", layer)).any()
+        own, drawn, same = (model.masks.mask(name, layer) for name in ("up", names["up"], rows["up"]))
+        assert own.sum() == drawn.sum()
+        assert torch.equal(own.sum(1), same.sum(1))
+        assert not ((drawn | same) & ~below.mask("up", layer)).any()
 
 
 def test_the_base_is_a_condition(ground, run, tmp_path, capfd):
