@@ -41,7 +41,7 @@ def test_algebra(data):
     masks = masks_of(x=x, y=y)
     share = data.draw(st.floats(0, 1))
     union, both = masks.union("u", ("x", "y")), masks.intersection("i", ("x", "y"))
-    mixed, random = masks.mix("m", "x", "y", share), masks.random_like("x", 7, "r")
+    mixed, random = masks.mix("m", "x", "y", share), masks.random_like("x", 7, "r", rows=True)
     for name in SHAPES:
         assert torch.equal(union.mask("u", name), x[name] | y[name])
         assert torch.equal(both.mask("i", name), x[name] & y[name])
