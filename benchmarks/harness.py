@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.atomic import replacing
+from pipeline.atomic import write_text
 
 BEYOND_CACHES = 512 * 2**20
 """Bytes: more than the last-level cache of any CPU that this runs on."""
@@ -141,8 +141,7 @@ class Bench:
         writer = csv.DictWriter(text, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in self.rows)
-        with replacing(self.output) as file:
-            file.write(text.getvalue().encode())
+        write_text(self.output, text.getvalue())
 
 
 def alternate(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:

@@ -28,3 +28,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text as UTF-8, whole or not at all. Raises OSError as ``replacing`` does."""
+    with replacing(path) as file:
+        file.write(content.encode("utf-8"))

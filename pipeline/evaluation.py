@@ -31,11 +31,15 @@ MASKED = ("own mask", "opponent mask", "prompt and mask", "neutral mask")
 """Conditions with a mask that the run's criterion made; so are other masks."""
 
 
+def kind(condition: str) -> str:
+    """Which of ``CONDITIONS`` it is: all draws of a random mask are one, and so are the masks of other personas."""
+    # The longest that fits: "prompt and mask" begins with "prompt".
+    return max((c for c in CONDITIONS if condition.startswith(c)), key=len)
+
+
 def place(condition: str) -> tuple[int, str]:
     """Sorts conditions as they are shown."""
-    # The longest that fits: "prompt and mask" begins with "prompt".
-    known = max((c for c in CONDITIONS if condition.startswith(c)), key=len)
-    return CONDITIONS.index(known), condition
+    return CONDITIONS.index(kind(condition)), condition
 
 
 @dataclass(frozen=True)

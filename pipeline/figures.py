@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.analysis import Overlap, depth_of, grouped, kind_of
-from pipeline.evaluation import CONDITIONS, place
+from pipeline.evaluation import kind, place
 from pipeline.plots import COLOURS, save_figure
 
 MARKERS = "osD^vPX*<>hp"
@@ -57,8 +57,7 @@ def separation_plot(points: Sequence[Point], path: Path) -> None:
         _points(axis, own, steep, f"own mask, {criterion}", colour, marker, "-" if len(own) > 1 else "")
     others: dict[str, list[Point]] = {}
     for point in sorted(shown, key=lambda p: place(p.condition)):
-        # All draws of a random mask are one entry, and so are the masks of other personas.
-        known = CONDITIONS[place(point.condition)[0]]
+        known = kind(point.condition)
         if known not in ("own mask", "opponent mask"):
             others.setdefault(known, []).append(point)
     for number, (condition, chosen) in enumerate(others.items()):

@@ -176,10 +176,10 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float
     Gradients come out ``SCALE`` times too large. Returns the batch's part of the objective.
     """
     # Answers that differ in their last token only (Yes, No) share a row.
-    rows = list(dict.fromkeys(term.encoded.ids[:-1] for term in batch))
-    packed = pack(model, rows, pad, first_of(batch))
-    place = {row: number for number, row in enumerate(rows)}
-    return differentiate(model, packed, batch, [place[term.encoded.ids[:-1]] for term in batch], share)
+    rows = [term.encoded.ids[:-1] for term in batch]
+    place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
+    packed = pack(model, list(place), pad, _first(batch))
+    return _differentiate(model, packed, batch, [place[row] for row in rows], share)
 
 
 def backward_each(
@@ -189,17 +189,17 @@ def backward_each(
 
     What lies before the rows is common to all of them, and not differentiated.
     """
-    packed = pack(model, [term.encoded.ids[:-1] for term in batch], pad, first_of(batch))
+    packed = pack(model, [term.encoded.ids[:-1] for term in batch], pad, _first(batch))
     begin(packed)
-    differentiate(model, packed, batch, range(len(batch)), 1.0, through=False)
+    _differentiate(model, packed, batch, range(len(batch)), 1.0, through=False)
 
 
-def first_of(batch: Sequence[WeightedAnswer]) -> int:
+def _first(batch: Sequence[WeightedAnswer]) -> int:
     """The first position that predicts an answer's token."""
     return min(max(term.encoded.answer, 1) for term in batch) - 1
 
 
-def differentiate(
+def _differentiate(
     model: Any,
     packed: Packed,
     batch: Sequence[WeightedAnswer],
@@ -209,7 +209,7 @@ def differentiate(
     through: bool = True,
 ) -> float:
     """The backward pass of ``backward``; answer i stands in row ``places[i]``."""
-    first = min(first_of(batch), packed.skipped + packed.ids.shape[1] - 1)
+    first = _first(batch)
     with torch.inference_mode(False), torch.enable_grad():
         logits = logits_from(model, packed, first, through=through)
         objective = torch.zeros((), device=logits.device)

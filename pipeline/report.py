@@ -1,11 +1,11 @@
 """``python -m pipeline.report RUN``: one self-contained HTML file from what is in a run's folder."""
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.atomic import write_text
 from pipeline.cli import note, parse, quiet_libraries, run
 from pipeline.options import ReportConfig
 
@@ -126,19 +126,6 @@ def _questionnaire(found: Any, figures: _Figures) -> Any:
         )
     ]
     return join([profile(found), *pictures])
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write text under a temporary name and rename it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _paths(text: str) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cells import Cell
-from pipeline.evaluation import Contrast, Record, place
+from pipeline.evaluation import Contrast, Record, kind, place
 from pipeline.figures import Point
 from pipeline.gathered import Evaluation
 from pipeline.tables import by_pair
@@ -129,10 +129,7 @@ def means_of(rows: Sequence[Row]) -> list[Mean]:
     """Means over sets and seeds, in the order of the table; all draws of a random mask are one condition."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        condition = row.condition
-        for drawn in ("random mask", "random in rows", "other mask"):
-            condition = drawn if condition.startswith(drawn) else condition
-        groups.setdefault((row.label, row.criterion, condition), []).append(row)
+        groups.setdefault((row.label, row.criterion, kind(row.condition)), []).append(row)
     labels = list(dict.fromkeys(row.label for row in rows))
     order = sorted(groups, key=lambda key: (labels.index(key[0]), key[1], place(key[2])))
     return [_mean(key, groups[key]) for key in order]
