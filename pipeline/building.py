@@ -14,11 +14,10 @@ from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import Catalogue
 from pipeline.errors import UserError
 from pipeline.gradients import Gradients
-from pipeline.masks import PersonaMasks, count_kept
+from pipeline.masks import PersonaMasks, count_kept, density
 from pipeline.pooling import Pooled, compared
 from pipeline.sites import maskable, matrix
 from pipeline.stats import ActivationStats, ChannelStats
-from pipeline.store import density
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The forward pass over all personas as a LightningModule, and the Trainer around it."""
 
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.experts import find_experts, other_expert_parameters
 from pipeline.loading import load_model
 from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.packing import last_logits
 from pipeline.progress import Throughput
 from pipeline.ranks import Ranks
 from pipeline.sharding import Sharded, load_sharded
@@ -132,9 +132,7 @@ class StatisticsModule(Stage):
             self.model.base_model(**options)
             return
         # The whole model knows how to gather its shards; its parts know it of themselves alone.
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            options["logits_to_keep"] = 1
-        self.model(**options)
+        self.model(**options, **last_logits(self.model, 1))
 
     def _add(self, batch: Batch, counted: frozenset[str] = frozenset()) -> None:
         """Add a batch to the sums of all sites but those that have ``counted`` it; in halves if memory is short."""

@@ -1,6 +1,6 @@
 """Sets of persona masks: density, overlap, algebra. A mask is True where a weight is kept."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -40,8 +40,7 @@ class PersonaMasks:
     def density(self, persona: str, layer: str | None = None) -> float:
         """Share of weights kept, in one layer or in all."""
         layers = self.shapes if layer is None else {layer: self.shapes[layer]}
-        total = sum(rows * columns for rows, columns in layers.values())
-        return sum(count_kept(self._of(persona)[name]) for name in layers) / max(total, 1)
+        return density((count_kept(self._of(persona)[name]) for name in layers), layers)
 
     def jaccard(self, a: str, b: str, layer: str | None = None) -> float:
         """Kept by both over kept by either; 1 for two empty masks."""
@@ -161,6 +160,11 @@ class PersonaMasks:
 def count_kept(bits: Tensor) -> int:
     """Number of set bits of packed masks (uint8)."""
     return int(torch.bincount(bits.flatten(), minlength=256).cpu() @ _ONES)
+
+
+def density(kept: Iterable[int], shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Share of the weights of all layers that is kept."""
+    return sum(kept) / max(sum(rows * columns for rows, columns in shapes.values()), 1)
 
 
 def _spread(total: int, room: Tensor, generator: torch.Generator) -> Tensor:

@@ -83,21 +83,21 @@ def logits_from(model: Any, packed: Packed, first: int, *, through: bool = True)
     if packed.skipped:
         with torch.set_grad_enabled(through and torch.is_grad_enabled()):
             options["past_key_values"] = _beginning(model, packed)
-    column = min(first - packed.skipped, packed.ids.shape[1] - 1)
-    if _keeps_logits(model):
-        return model(input_ids=packed.ids, logits_to_keep=packed.ids.shape[1] - column, **options).logits
-    return model(input_ids=packed.ids, **options).logits[:, column:]
+    # At least one, where nothing follows that could be predicted.
+    count = max(packed.skipped + packed.ids.shape[1] - first, 1)
+    return model(input_ids=packed.ids, **last_logits(model, count), **options).logits[:, -count:]
+
+
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """What tells ``model`` that the logits of the last ``count`` positions are enough; nothing, if it does not know."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _beginning(model: Any, packed: Packed) -> Any:
     """The cache of the beginning, as every row's own; nothing is copied."""
-    some: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-    cache = model(input_ids=packed.prefix.unsqueeze(0), use_cache=True, **some).past_key_values
+    ids = packed.prefix.unsqueeze(0)
+    cache = model(input_ids=ids, use_cache=True, **last_logits(model, 1)).past_key_values
     for layer in cache.layers:
         layer.keys = layer.keys.expand(len(packed.ids), *layer.keys.shape[1:])
         layer.values = layer.values.expand(len(packed.ids), *layer.values.shape[1:])
     return cache
-
-
-def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

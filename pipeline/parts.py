@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.building import LayerMask
 from pipeline.data.catalogue import check_name
 from pipeline.encoding import bytes_of
-from pipeline.masks import count_kept
-from pipeline.store import density, save_manifest, write_mask
+from pipeline.masks import count_kept, density
+from pipeline.store import save_manifest, write_mask
 
 PARTS = "parts"
 

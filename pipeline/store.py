@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.data.catalogue import check_name
 from pipeline.data.forms import NEUTRAL
 from pipeline.encoding import bytes_of, check_stored, decode, encode, least_bytes, stored_as
 from pipeline.errors import UserError
-from pipeline.masks import PersonaMasks, count_kept
+from pipeline.masks import PersonaMasks, count_kept, density
 from pipeline.reading import parse_json, read_json
 from pipeline.sites import Site
 from pipeline.stats import ActivationStats
@@ -130,11 +130,6 @@ def write_mask(
         metadata = {"format": FORMAT, "persona": persona}
         tensorfile.write_each(file, {layer: stored[layer] for layer in order}, tensors, metadata)
     return {"file": name, **_signed(folder / name), "density": density(kept.values(), shapes), "kept": kept}
-
-
-def density(kept: Iterable[int], shapes: Mapping[str, tuple[int, int]]) -> float:
-    """Share of the weights of all layers that is kept."""
-    return sum(kept) / max(sum(rows * columns for rows, columns in shapes.values()), 1)
 
 
 def save_manifest(
