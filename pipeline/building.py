@@ -13,7 +13,7 @@ from pipeline.config import CalibrateConfig, Sparsity
 from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import Catalogue
 from pipeline.errors import UserError
-from pipeline.gradients import Gradients
+from pipeline.gradient_files import Gradients
 from pipeline.masks import PersonaMasks, count_kept, density
 from pipeline.pooling import Pooled, compared
 from pipeline.sites import maskable, matrix

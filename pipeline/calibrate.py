@@ -115,7 +115,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
     import shutil
 
     from pipeline.experts import find_experts
-    from pipeline.gradients import gradient_file
+    from pipeline.gradient_files import WEIGHTED, gradient_file
     from pipeline.shares import SHARDS
     from pipeline.staging import MASKS
     from pipeline.store import MANIFEST
@@ -128,9 +128,10 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
             f"experts; begin anew with --overwrite"
         )
     if (before == WHITENED) != (config.criterion == WHITENED):
-        # Its gradients are those of weighted answers.
+        # It has answers sketched and weighed, and leaves other layers alone.
         for file in staging.glob(gradient_file("*")):
             file.unlink()
+        shutil.rmtree(staging / WEIGHTED, ignore_errors=True)
     (staging / MANIFEST).unlink(missing_ok=True)
     built = [folder for folder in (staging / SHARDS, staging / MASKS) if folder.exists()]
     if built:
@@ -146,6 +147,7 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
     from pipeline.calibration import StatisticsModule, run_pass
     from pipeline.checkpoint import discard
     from pipeline.data.prompts import Prompter
+    from pipeline.directions import differentiate
     from pipeline.loading import load_tokenizer
     from pipeline.reuse import check_reuse
     from pipeline.state import check_files
@@ -163,38 +165,10 @@ def _measure(config: CalibrateConfig, catalogue: Any, folder: Path, *, writes: b
         statistics = StatisticsModule(config, tuple(catalogue.measured), folder / STATISTICS)
         run_pass(config, statistics, data)
     if config.criterion in FIRST_ORDER:
-        _differentiate(config, catalogue, prompter, tokenizer.pad_token_id, folder)
+        differentiate(config, catalogue, prompter, folder)
     if writes:
         check_files(folder)
         discard(folder)
-
-
-def _differentiate(config: CalibrateConfig, catalogue: Any, prompter: Any, pad: int, folder: Path) -> None:
-    """Every pair's gradient and that of neutral text, after a first pass that finds how much each answer counts."""
-    from pipeline.budget import NEUTRAL_TEXTS
-    from pipeline.calibration import run_pass
-    from pipeline.data.catalogue import neutral_set
-    from pipeline.data.forms import NEUTRAL
-    from pipeline.gradients import GradientModule, ObjectiveData
-    from pipeline.objectives import objective_of
-    from pipeline.sketching import SketchModule, single_answers, weighted
-
-    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
-    objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
-    limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
-    objectives[NEUTRAL] = objective_of(neutral_set(), prompter, **limits)
-    batch_tokens = max(1, config.batch_tokens // 4)
-    if config.criterion == WHITENED:
-        answers = single_answers(objectives)
-        note(f"weighing {sum(map(len, answers.values()))} answers and neutral texts by their gradients")
-        sizes = {name: len(units) for name, units in answers.items()}
-        run_pass(
-            config, SketchModule(config, folder, pad, sizes), ObjectiveData(answers, batch_tokens), inference=False
-        )
-        objectives = weighted(objectives, folder)
-    note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
-    module = GradientModule(config, folder, pad, objectives)
-    run_pass(config, module, ObjectiveData(objectives, batch_tokens, shared=config.sharded), inference=False)
 
 
 def _samples(config: CalibrateConfig, catalogue: Any, tokenizer: Any, prompter: Any) -> Any:
@@ -249,6 +223,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     from pipeline.stacking import base_masks
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_manifest
+    from pipeline.weighing import weighed
     from pipeline.weights import fingerprints, weights_of
 
     # Lightning's half precision would change the type of what is computed on the way.
@@ -262,6 +237,8 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     removed = {persona: 1 - entry["density"] for persona, entry in done.files.items()}
     manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)
     manifest["sparsity"] |= done.fitted
+    if config.criterion == WHITENED and config.loop_weight:
+        manifest["loops"] = weighed(staging, catalogue)
     if config.disjoint:
         kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}
         manifest["disjoint_overlap"] = overlaps(done.shared, kept, shapes, catalogue)

@@ -132,7 +132,7 @@ class StatisticsModule(Stage):
             self.model.base_model(**options)
             return
         # The whole model knows how to gather its shards; its parts know it of themselves alone.
-        self.model(**options, **last_logits(self.model, 1))
+        self.model(**options, **last_logits(self.model, 1, ids.shape[1]))
 
     def _add(self, batch: Batch, counted: frozenset[str] = frozenset()) -> None:
         """Add a batch to the sums of all sites but those that have ``counted`` it; in halves if memory is short."""

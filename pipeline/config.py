@@ -113,6 +113,9 @@ class CalibrateConfig:
     evidence: float = 1.0
     """first-order: remove only what gains at least so many standard errors (over the calibration items); more means
     fewer weights, chosen by what other items share."""
+    loops: float | None = None
+    """first-order: how strongly a mask turns away from what the model repeats under a draft of it, times how much more
+    that is than without a mask (docs/method.md); 0 writes nothing. Default 0.2, 0 under --strategy fsdp."""
     expert_tokens: int = 32
     """Mixture-of-experts: an expert that saw fewer counted tokens of a persona, or of its opponent, is scored by the
     statistics of all experts of its layer together, and listed in the manifest."""
@@ -135,7 +138,7 @@ class CalibrateConfig:
     words) or "all" (question and answer). Padding and position 0 never do, nor do template tokens, except the last of
     the prompt, which predicts the answer's first."""
     batch_tokens: int = 2048
-    """Tokens of a padded batch in the forward pass; a backward pass takes a quarter of it."""
+    """Tokens of a padded batch in the forward pass; a backward pass takes half of it."""
     devices: str = "1"
     """Number of devices (processes on a CPU), a list such as 0,2, or "auto"."""
     num_nodes: int = 1
@@ -188,6 +191,7 @@ class CalibrateConfig:
         _at_least("temperature", self.temperature, 1e-6)
         _at_least("evidence", self.evidence, 0)
         _at_least("shift", self.shift, 0)
+        _at_least("loops", self.loop_weight, 0)
         if isinstance(self.max_perplexity_increase, str):
             self.max_perplexity_increase = _fraction(self.max_perplexity_increase)
         _at_least("max_perplexity_increase", self.budget, 0)
@@ -246,6 +250,8 @@ class CalibrateConfig:
                 "--strategy fsdp does not measure perplexity, which a search for how much a mask may cost needs: add "
                 "--max-perplexity-increase 0, which removes all of --sparsity"
             )
+        if self.loops:
+            raise UserError("--strategy fsdp has no model to write with, so it excludes --loops")
         if self.deterministic and self.criterion in FIRST_ORDER:
             raise UserError(
                 "--strategy fsdp adds gradients in an order that depends on the number of devices: leave "
@@ -269,6 +275,19 @@ class CalibrateConfig:
         if self.max_perplexity_increase is not None:
             return float(self.max_perplexity_increase)
         return 0.15 if self.criterion == WHITENED else 0.0
+
+    @property
+    def backward_tokens(self) -> int:
+        """Tokens of a padded batch in a backward pass."""
+        return max(1, self.batch_tokens // 2)
+
+    @property
+    def loop_weight(self) -> float:
+        """How much what the masked model repeats weighs against a pole, times how much more it repeats than without a
+        mask; 0: nothing is written."""
+        if self.loops is not None:
+            return self.loops
+        return 0.2 if self.criterion == WHITENED and not self.sharded else 0.0
 
     @property
     def skipped_blocks(self) -> float:

@@ -12,18 +12,17 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pipeline.atomic import replacing
 from pipeline.calibration import Stage, spread_threads
 from pipeline.cli import note
 from pipeline.config import CalibrateConfig
-from pipeline.data.catalogue import Catalogue
-from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Encoded, batches_by_tokens
 from pipeline.errors import UserError
+from pipeline.gradient_files import KINDS, gradient_file
 from pipeline.memory import halves, is_out_of_memory, make_room
 from pipeline.objectives import Unit, WeightedAnswer, answer_weights
 from pipeline.packing import Packed, logits_from, pack
@@ -36,8 +35,6 @@ BATCHES = 12
 many. More would know the spread better, but every batch costs a pass over all gradients."""
 
 
-KINDS = ("error", "mean")
-"""What is known of every layer's gradient, in the order of the file."""
 IDLE = WeightedAnswer(Encoded((0, 0), 1, range(0)), 0.0)
 """What a process without a batch differentiates where all have to take the same steps; it adds nothing."""
 SCALE = 256.0
@@ -178,46 +175,46 @@ def backward(model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float
     # Answers that differ in their last token only (Yes, No) share a row.
     rows = [term.encoded.ids[:-1] for term in batch]
     place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
-    packed = pack(model, list(place), pad, _first(batch))
-    return _differentiate(model, packed, batch, [place[row] for row in rows], share)
+    return _differentiate(model, list(place), batch, [place[row] for row in rows], pad, share)
 
 
 def backward_each(
-    model: Any, batch: Sequence[WeightedAnswer], pad: int, begin: Callable[[Packed], None] = lambda packed: None
+    model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float, most: int, begin: Callable[[Packed], None]
 ) -> None:
-    """Differentiate each answer of a batch, every one a row of its own; ``begin`` is called before the pass.
-
-    What lies before the rows is common to all of them, and not differentiated.
-    """
-    packed = pack(model, [term.encoded.ids[:-1] for term in batch], pad, _first(batch))
-    begin(packed)
-    _differentiate(model, packed, batch, range(len(batch)), 1.0, through=False)
-
-
-def _first(batch: Sequence[WeightedAnswer]) -> int:
-    """The first position that predicts an answer's token."""
-    return min(max(term.encoded.answer, 1) for term in batch) - 1
+    """``backward`` with a row for each answer, of whose beginnings at most ``most`` tokens are passed once for all;
+    ``begin`` is called when they have passed."""
+    rows = [term.encoded.ids[:-1] for term in batch]
+    _differentiate(model, rows, batch, range(len(batch)), pad, share, most, begin)
 
 
 def _differentiate(
     model: Any,
-    packed: Packed,
+    rows: Sequence[tuple[int, ...]],
     batch: Sequence[WeightedAnswer],
     places: Sequence[int],
+    pad: int,
     share: float,
-    *,
-    through: bool = True,
+    most: int | None = None,
+    begin: Callable[[Packed], None] = lambda packed: None,
 ) -> float:
-    """The backward pass of ``backward``; answer i stands in row ``places[i]``."""
-    first = _first(batch)
+    """``backward``; answer i stands in row ``places[i]``."""
+    # The first position that predicts an answer's token.
+    first = min(max(term.encoded.answer, 1) for term in batch) - 1
+    packed = pack(model, rows, pad, first if most is None else min(first, most))
+    where, columns, targets, weights = [], [], [], []
+    for place, term in zip(places, batch, strict=True):
+        answer = range(max(term.encoded.answer, 1), len(term.encoded))
+        where += [place] * len(answer)
+        columns += [token - 1 - first for token in answer]
+        targets += [term.encoded.ids[token] for token in answer]
+        weights += [term.weight] * len(answer)
     with torch.inference_mode(False), torch.enable_grad():
-        logits = logits_from(model, packed, first, through=through)
-        objective = torch.zeros((), device=logits.device)
-        for place, term in zip(places, batch, strict=True):
-            start = max(term.encoded.answer, 1)
-            targets = torch.tensor(term.encoded.ids[start:], device=logits.device)
-            own = logits[place, start - 1 - first : len(term.encoded) - 1 - first].float()
-            objective = objective + term.weight * torch.log_softmax(own, -1).gather(1, targets.unsqueeze(1)).sum()
+        logits = logits_from(model, packed, first, begin)
+        # All at once: the gradient of each slice would be a tensor of the size of all logits.
+        rows_at, columns_at, target = torch.tensor([where, columns, targets], dtype=torch.int64).to(logits.device)
+        chosen = logits[rows_at, columns_at].float()
+        weight = torch.tensor(weights, dtype=torch.float32, device=logits.device)
+        objective = -(weight * F.cross_entropy(chosen, target, reduction="none")).sum()
         (objective * (SCALE / share)).backward()
     return float(objective.detach())
 
@@ -275,18 +272,27 @@ def _batches(units: Sequence[Unit], batch_tokens: int) -> list[list[int]]:
 
 
 class GradientModule(Stage):
-    """Writes every objective's gradient and its standard error to ``folder / gradient_file(name)``.
+    """Writes every objective's gradient and its standard error to ``gradient_file(name)`` in ``target``, by default the
+    run's ``folder``.
 
     Float32 ``[N, K]`` by layer, under ``mean/LAYER`` and ``error/LAYER``, and in the metadata how many answers, and the
     sum of the squares of their weights. What an earlier process wrote stays.
     """
 
-    def __init__(self, config: CalibrateConfig, folder: Path, pad: int, objectives: dict[str, list[Unit]]) -> None:
+    def __init__(
+        self,
+        config: CalibrateConfig,
+        folder: Path,
+        pad: int,
+        objectives: dict[str, list[Unit]],
+        target: Path | None = None,
+    ) -> None:
         super().__init__(config, folder)
         self.pad, self.weights = pad, {name: answer_weights(units) for name, units in objectives.items()}
+        self.target = target or folder
 
     def _written(self) -> frozenset[str]:
-        return frozenset(name for name in self.weights if (self.folder / gradient_file(name)).exists())
+        return frozenset(name for name in self.weights if (self.target / gradient_file(name)).exists())
 
     def is_done(self) -> bool:
         return len(self._written()) == len(self.weights)
@@ -328,7 +334,7 @@ class GradientModule(Stage):
         """
         self.moments.begin(counted)
         try:
-            backward(self.model, terms, self.pad, share)
+            self._backward(terms, share)
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -346,9 +352,14 @@ class GradientModule(Stage):
         for half in halves(terms):
             self._differentiate(half, share, complete)
 
+    def _backward(self, terms: Sequence[WeightedAnswer], share: float) -> None:
+        backward(self.model, terms, self.pad, share)
+
     def on_predict_end(self) -> None:
         if not self.skipped:
             self._context.__exit__(None, None, None)
+            # The others read the files next.
+            self.trainer.strategy.barrier("gradients written")
 
     def _finish(self, name: str) -> None:
         if self.trainer.world_size > 1 and not self.in_order and not self.config.sharded:
@@ -360,7 +371,8 @@ class GradientModule(Stage):
             metadata = {"batches": self.moments.batches, "answers": count, "square": square}
             shapes = {layer: matrix(module).shape for layer, module in sorted(self.linears.items())}
             entries = {f"{kind}/{layer}": (torch.float32, shapes[layer]) for kind in KINDS for layer in shapes}
-            with replacing(self.folder / gradient_file(name)) as file:
+            self.target.mkdir(exist_ok=True)
+            with replacing(self.target / gradient_file(name)) as file:
                 write_each(file, entries, self._results(), {key: str(v) for key, v in metadata.items()})
         elif self.config.sharded:
             for _ in self._results():
@@ -375,57 +387,3 @@ class GradientModule(Stage):
                 part = self.moments.error(layer) if kind == "error" else self.moments.total[layer]
                 value = whole(part, module.weight)
                 yield f"{kind}/{layer}", value if matrix(module) is module.weight else value.T
-
-
-def gradient_file(name: str) -> str:
-    return f"gradient-{name}.safetensors"
-
-
-class Gradients:
-    """The gradients in a folder, read layer by layer, for any persona of a catalogue.
-
-    The gradient of a pole is that of its pair with its sign; margins add, so the gradient of a composed
-    persona is the weighted mean of its parts', and its squared error the sum of theirs.
-    """
-
-    def __init__(self, folder: Path, catalogue: Catalogue) -> None:
-        self.folder = folder
-        self._parts: dict[str, list[tuple[str, float]]] = {}
-        for personas in catalogue.sets:
-            for pole, sign in zip(personas.poles, (1.0, -1.0), strict=False):
-                self._parts[pole] = [(personas.plus, sign)]
-        for composition in catalogue.compositions:
-            parts = composition.parts
-            total = sum(weight for _, weight in parts)
-            self._parts[composition.name] = [(n, s * w / total) for p, w in parts for n, s in self._parts[p]]
-
-    def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
-        """Gradient of the persona's margin and its standard error, float32 ``[N, K]``."""
-        parts = self._parts[persona]
-        mean = torch.stack([weight * self._read(name, f"mean/{layer}") for name, weight in parts]).sum(0)
-        variance = torch.stack([(weight * self._read(name, f"error/{layer}")) ** 2 for name, weight in parts]).sum(0)
-        return mean, variance.sqrt()
-
-    def neutral(self, layer: str) -> Tensor:
-        """Gradient of the likelihood of neutral text, float32 ``[N, K]``."""
-        return self._read(NEUTRAL, f"mean/{layer}")
-
-    def variance(self, persona: str, layer: str) -> Tensor:
-        """Variance of the gradient of an answer's mean log-probability, over the persona's and its opponent's answers
-        and neutral texts, float32 ``[N, K]``."""
-        found, answers = [], 0
-        for name in (*dict(self._parts[persona]), NEUTRAL):
-            count, square = self._weights(name)
-            found.append(self._read(name, f"error/{layer}").square_().mul_(count / square))
-            answers += count
-        return torch.stack(found).sum(0) / answers
-
-    def _weights(self, name: str) -> tuple[int, float]:
-        """An objective's number of answers, and the sum of the squares of their weights."""
-        with safe_open(str(self.folder / gradient_file(name)), "pt") as file:
-            metadata = file.metadata()
-        return int(metadata["answers"]), float(metadata["square"])
-
-    def _read(self, name: str, key: str) -> Tensor:
-        with safe_open(str(self.folder / gradient_file(name)), "pt") as file:
-            return file.get_tensor(key)

@@ -28,7 +28,7 @@ class NeutralMasks:
         model: the ``PersonaModel`` of the run, with no persona on when a mask is made.
         run: the run's folder.
         prompter: of the model's tokenizer.
-        batch_tokens: of a forward pass; a backward pass takes a quarter of it.
+        batch_tokens: of a forward pass; a backward pass takes half of it.
     """
 
     def __init__(self, model: Any, run: Path, prompter: Any, batch_tokens: int) -> None:
@@ -106,7 +106,7 @@ class NeutralMasks:
         note(f"neutral mask: a backward pass over {NEUTRAL_TEXTS} neutral texts")
         limits = {"count": NEUTRAL_TEXTS, "max_length": self.manifest["options"]["max_length"]}
         units = objective_of(neutral_set(), self.prompter, **limits, seed=self.manifest["options"]["seed"])
-        steps = ObjectiveData({NEUTRAL: units}, max(1, self.batch_tokens // 4)).steps(0, 1)
+        steps = ObjectiveData({NEUTRAL: units}, max(1, self.batch_tokens // 2)).steps(0, 1)
         with self.model.using(None), accumulating(self._linears) as moments:
             for step in steps:
                 moments.share = step.share

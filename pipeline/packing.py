@@ -6,7 +6,7 @@ beginning, as in generation; rounding apart, logits and gradients are those of w
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,29 +74,39 @@ def shares_beginnings(model: Any) -> bool:
     )
 
 
-def logits_from(model: Any, packed: Packed, first: int, *, through: bool = True) -> Tensor:
+def logits_from(
+    model: Any, packed: Packed, first: int, begin: Callable[[Packed], None] = lambda packed: None
+) -> Tensor:
     """Logits ``[B, P + T - first, V]`` of positions from ``first`` on: the output head is the costliest layer.
 
-    ``through``: where gradients are asked for, they go through the beginning too.
+    Gradients go through the beginning too; ``begin`` is called when it has passed, before the rows follow.
     """
     options: dict[str, Any] = {"use_cache": False}
     if packed.skipped:
-        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
-            options["past_key_values"] = _beginning(model, packed)
+        options["past_key_values"] = _beginning(model, packed)
+    begin(packed)
     # At least one, where nothing follows that could be predicted.
     count = max(packed.skipped + packed.ids.shape[1] - first, 1)
-    return model(input_ids=packed.ids, **last_logits(model, count), **options).logits[:, -count:]
+    return model(input_ids=packed.ids, **last_logits(model, count, packed.ids.shape[1]), **options).logits[:, -count:]
 
 
-def last_logits(model: Any, count: int) -> dict[str, int]:
-    """What tells ``model`` that the logits of the last ``count`` positions are enough; nothing, if it does not know."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits(model: Any, count: int, width: int) -> dict[str, Tensor]:
+    """What tells ``model`` that the logits of the last ``count`` of ``width`` positions are enough; nothing, if it does
+    not know.
+
+    Positions and no number: models slice by a number, and the product of a slice with the head is torch's slower one.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {
+        "logits_to_keep": torch.arange(max(width - count, 0), width, device=model.get_input_embeddings().weight.device)
+    }
 
 
 def _beginning(model: Any, packed: Packed) -> Any:
     """The cache of the beginning, as every row's own; nothing is copied."""
     ids = packed.prefix.unsqueeze(0)
-    cache = model(input_ids=ids, use_cache=True, **last_logits(model, 1)).past_key_values
+    cache = model(input_ids=ids, use_cache=True, **last_logits(model, 1, packed.skipped)).past_key_values
     for layer in cache.layers:
         layer.keys = layer.keys.expand(len(packed.ids), *layer.keys.shape[1:])
         layer.values = layer.values.expand(len(packed.ids), *layer.values.shape[1:])

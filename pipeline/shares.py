@@ -22,11 +22,11 @@ from pipeline.atomic import replacing
 from pipeline.budget import fit, rise
 from pipeline.building import LayerMask, composed, each_mask, second_poles, shapes_of
 from pipeline.calibration import Stage, spread_threads
-from pipeline.config import FIRST_ORDER, CalibrateConfig
+from pipeline.config import FIRST_ORDER, WHITENED, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.encoding import bytes_of
 from pipeline.experts import parameter_of
-from pipeline.gradients import Gradients
+from pipeline.gradient_files import Gradients
 from pipeline.loading import load_tokenizer
 from pipeline.masks import count_kept
 from pipeline.stacking import base_masks
@@ -62,7 +62,9 @@ class BuildModule(Stage):
         (weights,) = self.held
         model = weights.model
         self.stats = composed(load_statistics(self.folder / STATISTICS), self.catalogue)
-        self.gradients = Gradients(self.folder, self.catalogue) if self.config.criterion in FIRST_ORDER else None
+        self.gradients = None
+        if self.config.criterion in FIRST_ORDER:
+            self.gradients = Gradients(self.folder, self.catalogue, weighted=self.config.criterion == WHITENED)
         shapes = self.shapes = shapes_of(model, self.stats, self.config, self.base)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
         size = {piece: sum(_size(shapes[layer]) for layer in of) for piece, of in self.layers.items()}

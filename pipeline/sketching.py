@@ -2,11 +2,11 @@
 
 A linear layer's gradient for one sequence is ``sum_t d_t x_t^T``, with x its input and d what comes back to its output:
 an entry (i, j) costs T products, and no weight gradient is ever formed. One backward pass serves a whole batch, and
-needs no gradient of any weight. What an answer's gradient owes to the tokens that all rows of its batch begin with (the
-template's) is left out: they are passed once for all (``pipeline.packing``).
+is the one that the gradient of their mean needs anyway. What an answer's gradient owes to the tokens that all rows of
+its batch begin with (the template's) is not known, as they are passed once for all (``pipeline.packing``); so what all
+answers of a run begin with is left out, whatever the batches.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,24 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.calibration import Stage, spread_threads
 from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
-from pipeline.gradients import IDLE, SCALE, Step, backward_each
-from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.gradients import IDLE, SCALE, GradientModule, Step, backward_each
 from pipeline.objectives import Unit, WeightedAnswer
-from pipeline.packing import Packed
-from pipeline.sites import maskable, matrix
+from pipeline.packing import Packed, common
+from pipeline.sites import matrix
 from pipeline.store import write_tensors
-from pipeline.whitening import contrast_weights, standardised
 
 COORDINATES = 1 << 17
 """Entries of all gradients together that are looked at. Inner products come out within one over the root of it of the
 product of the lengths; 20,000 gave the same masks as two million (docs/experiments.md)."""
 
-WEIGHTS = "answer-weights.safetensors"
+SKETCHES = "sketches"
+"""What a sketch's file calls them."""
 
 
 class Coordinates:
@@ -55,28 +53,39 @@ class Coordinates:
 
 
 class Sketcher:
-    """Fills ``out`` with the sketches of a batch's answers while ``backward_each`` runs inside ``sketching``."""
+    """Sketches answers inside ``sketching``, but for what they owe to their first ``beginning`` tokens."""
 
-    def __init__(self, coordinates: Coordinates) -> None:
-        self.coordinates = coordinates
-        self.out = torch.zeros(0)
-        self.width = 0
+    def __init__(self, coordinates: Coordinates, beginning: int) -> None:
+        self.coordinates, self.beginning = coordinates, beginning
         self.scattered: set[str] = set()
+        self._out = torch.zeros(0)
+        self._width = self._from = 0
 
-    def begin(self, packed: Packed) -> None:
-        """Before the pass."""
-        batch, self.width = packed.ids.shape
-        self.out = torch.zeros(batch, self.coordinates.total, device=packed.ids.device)
+    def sketch(self, model: Any, batch: Sequence[WeightedAnswer], pad: int, share: float = 1.0) -> Tensor:
+        """Differentiate the mean over a batch, as ``backward`` does, with a row for each answer.
+
+        Returns float32 ``[B, C]``, what each answer adds to the drawn entries of the gradient.
+        """
+        try:
+            backward_each(model, batch, pad, share, self.beginning, self._begin)
+            return self._out
+        finally:
+            self._width = 0
+
+    def _begin(self, packed: Packed) -> None:
+        batch, self._width = packed.ids.shape
+        self._from = self.beginning - packed.skipped
+        self._out = torch.zeros(batch, self.coordinates.total, device=packed.ids.device)
 
     def hook(self, name: str) -> Callable[..., Tensor | None]:
         rows, columns = self.coordinates.rows[name], self.coordinates.columns[name]
         place = self.coordinates.places[name]
 
         def forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            x, batch = inputs[0].detach(), len(self.out)
-            if not torch.is_grad_enabled():
+            if not self._width:
                 return None
-            if x.shape[:-1].numel() != batch * self.width:
+            x, out, width, start = inputs[0].detach(), self._out, self._width, self._from
+            if x.shape[:-1].numel() != len(out) * width:
                 # A choice of tokens (a routed expert): whose they are is not known here.
                 self.scattered.add(name)
                 return None
@@ -84,11 +93,11 @@ class Sketcher:
                 # The graph begins at the first layers that are looked at. A copy: what follows may change it in place,
                 # which a leaf does not allow.
                 output = output.detach().requires_grad_(True).clone()
-            read = x.reshape(batch, self.width, -1)[..., columns].float()
+            read = x.reshape(len(out), width, -1)[:, start:, columns].float()
 
             def back(gradient: Tensor) -> None:
-                returned = gradient.reshape(batch, self.width, -1)[..., rows].float()
-                self.out[:, place] += (returned * read).sum(1)
+                returned = gradient.reshape(len(out), width, -1)[:, start:, rows].float()
+                out[:, place] += (returned * read).sum(1)
 
             output.register_hook(back)
             return output
@@ -97,9 +106,9 @@ class Sketcher:
 
 
 @contextmanager
-def sketching(linears: dict[str, Any], coordinates: Coordinates) -> Iterator[Sketcher]:
-    """Hooks that sketch every backward pass inside; weights stay frozen."""
-    sketcher = Sketcher(coordinates)
+def sketching(linears: dict[str, Any], coordinates: Coordinates, beginning: int) -> Iterator[Sketcher]:
+    """The hooks of a ``Sketcher`` on ``linears``."""
+    sketcher = Sketcher(coordinates, beginning)
     handles = [module.register_forward_hook(sketcher.hook(name)) for name, module in linears.items()]
     try:
         yield sketcher
@@ -108,119 +117,87 @@ def sketching(linears: dict[str, Any], coordinates: Coordinates) -> Iterator[Ske
             handle.remove()
 
 
-def single_answers(objectives: dict[str, list[Unit]]) -> dict[str, list[Unit]]:
-    """What has to be sketched: every pair's answers of one pole, then of the other, and the neutral texts.
+class SketchedGradients(GradientModule):
+    """``GradientModule`` that sketches every answer of the pairs and of neutral text in the same backward pass.
 
-    Each is a unit of its own, the mean log-probability of its tokens. Neutral texts come first.
+    Float32 ``[answers, C]`` by objective under ``SKETCHES`` in ``sketch_file(name)``: the gradient of each answer's
+    mean log-probability at the drawn coordinates; of a pair all answers of one pole, then of the other. One
+    objective's are held at a time. A set without an opponent has nothing to contrast, and none.
     """
-    order = sorted((name for name, units in objectives.items() if _whitened(name, units)), key=lambda n: n != NEUTRAL)
-    return {name: [(_mean(one),) for column in zip(*objectives[name], strict=True) for one in column] for name in order}
+
+    def __init__(self, config: CalibrateConfig, folder: Path, pad: int, objectives: dict[str, list[Unit]]) -> None:
+        super().__init__(config, folder, pad, objectives)
+        self.beginning = beginning_of(objectives)
+        self.sizes: dict[str, int] = {}
+        # By identity: two items may be alike.
+        self.rows: dict[int, int] = {}
+        for name, units in objectives.items():
+            if is_sketched(name, units):
+                answers = [answer for column in zip(*units, strict=True) for answer in column]
+                self.sizes[name] = len(answers)
+                self.rows |= {id(answer): row for row, answer in enumerate(answers)}
+        self.sketches = torch.zeros(0)
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        if not self.skipped:
+            self._sketching = sketching(self.linears, Coordinates(self.linears, self.config.seed), self.beginning)
+            self.sketcher = self._sketching.__enter__()
+
+    def predict_step(self, step: Step, batch_idx: int) -> None:
+        at_work = not self.skipped and step.name not in self.finished
+        if at_work and step.name in self.sizes and not len(self.sketches):
+            self.sketches = torch.zeros(self.sizes[step.name], self.sketcher.coordinates.total, device=self.device)
+        super().predict_step(step, batch_idx)
+
+    def _backward(self, terms: Sequence[WeightedAnswer], share: float) -> None:
+        if not len(self.sketches):
+            super()._backward(terms, share)
+            return
+        found = self.sketcher.sketch(self.model, terms, self.pad, share)
+        for term, row in zip(terms, found, strict=True):
+            if term is not IDLE and term.tokens:
+                self.sketches[self.rows[id(term)]] = row * (share / (SCALE * term.weight * term.tokens))
+
+    def on_predict_end(self) -> None:
+        if not self.skipped:
+            self._sketching.__exit__(None, None, None)
+            if self.trainer.is_global_zero:
+                for name in sorted(self.sketcher.scattered):
+                    note(f"{name} reads a choice of tokens: not looked at in weighing the answers")
+        super().on_predict_end()
+
+    def _finish(self, name: str) -> None:
+        """The gradient's file comes last: it says that the objective is finished."""
+        sketches, self.sketches = self.sketches, torch.zeros(0)
+        if len(sketches):
+            # One rank has filled each row; their sum is the whole.
+            if self.trainer.world_size > 1:
+                dist.all_reduce(sketches)
+            check_finite(name, sketches)
+            if self.trainer.is_global_zero:
+                write_tensors(self.folder / sketch_file(name), {SKETCHES: sketches}, {})
+        super()._finish(name)
 
 
-def weighted(objectives: dict[str, list[Unit]], folder: Path) -> dict[str, list[Unit]]:
-    """The objectives with each answer weighted as ``SketchModule`` found best, and neutral texts beside them."""
-    from safetensors.torch import load_file
-
-    found, neutral = load_file(str(folder / WEIGHTS)), objectives[NEUTRAL]
-    result = {}
-    for name, units in objectives.items():
-        if name == NEUTRAL or name not in found:
-            result[name] = units
-            continue
-        weights, n = found[name].tolist(), len(units)
-        plus, minus, rest = weights[:n], weights[n : 2 * n], weights[2 * n :]
-        result[name] = [
-            (_mean(unit[0], a), _mean(unit[1], b)) for unit, a, b in zip(units, plus, minus, strict=True)
-        ] + [(_mean(unit[0], c),) for unit, c in zip(neutral, rest, strict=True)]
-    return result
+def beginning_of(objectives: dict[str, list[Unit]]) -> int:
+    """With how many tokens all answers' texts begin alike, none of which predicts an answer's token."""
+    answers = [answer.encoded for units in objectives.values() for unit in units for answer in unit]
+    most = min((max(answer.answer, 1) - 1 for answer in answers), default=0)
+    return common([answer.ids for answer in answers], most)
 
 
-def _whitened(name: str, units: Sequence[Unit]) -> bool:
-    """A set without an opponent has nothing to contrast; it keeps its likelihood."""
+def is_sketched(name: str, units: Sequence[Unit]) -> bool:
+    """Does the objective have answers to contrast, or is it what they are held against?"""
     return name == NEUTRAL or all(len(unit) == 2 for unit in units)
 
 
-def _mean(answer: WeightedAnswer, weight: float = 1.0) -> WeightedAnswer:
-    return WeightedAnswer(answer.encoded, weight / max(answer.tokens, 1))
+def check_finite(name: str, sketches: Tensor) -> None:
+    """Raise UserError with the number of the first answer whose gradient has NaN or infinity."""
+    bad = (~torch.isfinite(sketches).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f"{name}: the gradient of answer {bad[0] + 1} of {len(sketches)} is not finite")
 
 
-class SketchModule(Stage):
-    """Sketches every answer of ``objectives`` (of ``single_answers``) and writes the weights of all to ``folder``.
-
-    Float64 ``[answers + neutral texts]`` by pair, in ``answer-weights.safetensors``. One pair's sketches are held at
-    a time, beside those of the neutral texts: 4 bytes for each of the coordinates of each answer. The file is written
-    at the end: what was begun begins again.
-    """
-
-    def __init__(self, config: CalibrateConfig, folder: Path, pad: int, sizes: dict[str, int]) -> None:
-        super().__init__(config, folder)
-        self.pad, self.sizes = pad, sizes
-        self.weights: dict[str, Tensor] = {}
-        self.neutral = self.rows = torch.zeros(0)
-
-    def is_done(self) -> bool:
-        return (self.folder / WEIGHTS).exists()
-
-    def on_predict_start(self) -> None:
-        if self.skipped:
-            return
-        spread_threads(self.trainer, self.device, self.config.deterministic)
-        linears = maskable(self.model, self.config)
-        self._context = sketching(linears, Coordinates(linears, self.config.seed))
-        self.sketcher = self._context.__enter__()
-
-    def predict_step(self, step: Step, batch_idx: int) -> None:
-        if self.skipped:
-            return
-        if not len(self.rows):
-            self.rows = torch.zeros(self.sizes[step.name], self.sketcher.coordinates.total, device=self.device)
-        if step.terms:
-            self._sketch(step.units, step.terms)
-            self.tokens_done += sum(len(term.encoded) for term in step.terms)
-        elif self.config.sharded:
-            backward_each(self.model, [IDLE], self.pad, self.sketcher.begin)
-        if step.last:
-            self._finish(step.name)
-
-    def _sketch(self, units: Sequence[int], terms: Sequence[WeightedAnswer]) -> None:
-        """Fill the rows of ``units``, one answer each; in halves if memory is short: every answer is on its own."""
-        try:
-            backward_each(self.model, terms, self.pad, self.sketcher.begin)
-            self.rows[list(units)] = self.sketcher.out / SCALE
-            return
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if len(terms) == 1:
-            raise UserError(
-                f"out of memory in the backward pass over one answer of {len(terms[0].encoded)} tokens: lower "
-                f"--max-length"
-            )
-        make_room("answers", len(terms), self.config.undivided)
-        for some, half in zip(halves(units), halves(terms), strict=True):
-            self._sketch(some, half)
-
-    def on_predict_end(self) -> None:
-        if self.skipped:
-            return
-        self._context.__exit__(None, None, None)
-        if self.trainer.is_global_zero:
-            for name in sorted(self.sketcher.scattered):
-                note(f"{name} reads a choice of tokens: not looked at in weighing the answers")
-            write_tensors(self.folder / WEIGHTS, self.weights, {"coordinates": str(self.sketcher.coordinates.total)})
-        # The others read the file next.
-        self.trainer.strategy.barrier()
-
-    def _finish(self, name: str) -> None:
-        """One rank has filled each row; their sum is the whole."""
-        rows, self.rows = self.rows, torch.zeros(0)
-        if self.trainer.world_size > 1:
-            dist.all_reduce(rows)
-        bad = (~torch.isfinite(rows).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(f"{name}: the gradient of answer {bad[0] + 1} of {len(rows)} is not finite")
-        if name == NEUTRAL:
-            self.neutral = rows
-        elif self.trainer.is_global_zero:
-            every = standardised(rows, self.neutral) / math.sqrt(rows.shape[1])
-            self.weights[name] = contrast_weights((every @ every.T).cpu(), len(rows) // 2)
+def sketch_file(name: str) -> str:
+    return f"sketch-{name}.safetensors"

@@ -17,50 +17,56 @@ RIDGE = 0.03
 per cent (docs/experiments.md)."""
 
 
-def standardised(answers: Tensor, neutral: Tensor) -> Tensor:
+def standardised(*groups: Tensor) -> Tensor:
     """Gradients in units in which each entry varies alike: the diagonal of the Fisher information is then the identity.
 
     Args:
-        answers: ``[2 n, C]`` entries of the gradients of one pole's answers, then of the other's.
-        neutral: ``[m, C]`` of neutral texts.
+        groups: ``[n, C]`` each, entries of the gradients of texts of one kind (a pole's answers, neutral texts).
 
     Returns:
-        Both, ``[2 n + m, C]``, every column over the standard deviation around its own group's mean.
+        All of them in turn, every column over the standard deviation around its own group's mean.
     """
-    items = len(answers) // 2
-    groups = [group for group in (answers[:items], answers[items:], neutral) if len(group)]
-    scatter = torch.stack([(group - group.mean(0)).square().sum(0) for group in groups]).sum(0)
-    every = torch.cat([answers, neutral])
+    scatter = torch.stack([(group - group.mean(0)).square().sum(0) for group in groups if len(group)]).sum(0)
+    every = torch.cat(groups)
     return torch.where(scatter.any(), every * floored(scatter / len(every)).rsqrt(), every)
 
 
-def contrast_weights(gram: Tensor, items: int, ridge: float = RIDGE) -> Tensor:
+def contrast_weights(gram: Tensor, items: int, loops: int = 0, *, against: float = 0.0, ridge: float = RIDGE) -> Tensor:
     """Weights ``c`` of the gradients in the regularised linear discriminant between two poles.
 
     Args:
         gram: Inner products ``[M, M]`` of the gradients of mean log-probabilities: of the answers of one pole to
-            ``items`` questions, of the other pole's answers to the same, then of neutral texts.
-        items: Number n of questions, at least 1; ``M >= 2 n``.
+            ``items`` questions, of the other pole's answers to the same, of what the model repeats (``loops``), then of
+            neutral texts.
+        items: Number n of questions, at least 1.
+        loops: Number l of repetitions; ``M >= 2 n + l``.
+        against: How much the mean repetition weighs in the contrast, L; of no effect without any.
         ridge: Share of the mean squared length of an answer's gradient that is added to the diagonal.
 
     Returns:
-        Float64 ``[M]``. ``sum_i c_i g_i = (1 + S / r)^-1 (mean g_plus - mean g_minus)``, where ``S`` is the scatter
-        of the answers around their own pole's mean plus that of neutral texts around zero, and ``r`` the ridge times
-        the mean squared length. The n weights of a pole add up to 1 and -1. Without any gradient they are 1/n and
-        -1/n. Raises ValueError for what is no Gram matrix of so many items.
+        Float64 ``[M]``. ``sum_i c_i g_i = (1 + S / r)^-1 ((1 + L) mean g_own - mean g_other - L mean g_loops)``, where
+        ``S`` is the scatter of each group around its own mean plus that of neutral texts around zero, and ``r`` the
+        ridge times the mean squared length. The weights of a group add up to 1 + L, -1 and -L. Without any gradient
+        they are alike within it. Raises ValueError for what is no Gram matrix of so many.
     """
     size = len(gram)
-    if gram.shape != (size, size) or not 1 <= items <= size // 2:
-        raise ValueError(f"gram {list(gram.shape)} is no Gram matrix of 2 x {items} answers and neutral texts")
+    if gram.shape != (size, size) or not 1 <= items <= (size - loops) // 2 or loops < 0:
+        raise ValueError(
+            f"gram {list(gram.shape)} is no Gram matrix of 2 x {items} answers, {loops} repetitions and neutral texts"
+        )
     gram = gram.double()
-    contrast = torch.zeros(size, dtype=torch.float64)
-    contrast[:items], contrast[items : 2 * items] = 1 / items, -1 / items
+    against = against if loops else 0.0
+    groups = ((1 + against, items), (-1.0, items), (-against, loops))
+    contrast, scatter = torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
+    start = 0
+    for total, count in groups:
+        group = slice(start, start + count)
+        contrast[group] = total / max(count, 1)
+        scatter[group, group] -= 1 / max(count, 1)
+        start += count
     length = float(gram.diagonal()[: 2 * items].mean())
     if length == 0:
         return contrast
-    scatter = torch.eye(size, dtype=torch.float64)
-    for pole in (slice(0, items), slice(items, 2 * items)):
-        scatter[pole, pole] -= 1 / items
     # Woodbury: the inverse acts within the span of the gradients.
     inner = scatter @ gram @ scatter.T + ridge * length * torch.eye(size, dtype=torch.float64)
     return contrast - scatter.T @ torch.linalg.solve(inner, scatter @ gram @ contrast)

@@ -32,7 +32,8 @@ def sharded(options, timeout=400):
 
 def test_the_default_criterion_on_two_processes(words, tmp_path):
     """Statistics, weighed answers, gradients and their errors: everything but the order of sums is the same."""
-    assert calibrate.main(words(tmp_path / "one", *SMALL)) == 0
+    # Nothing is written with a model that is divided.
+    assert calibrate.main(words(tmp_path / "one", *SMALL, "--loops", "0")) == 0
     done = sharded(words(tmp_path / "two", *SMALL))
     assert done.returncode == 0, done.stderr
     one, two = load_statistics(tmp_path / "one" / STATISTICS), load_statistics(tmp_path / "two" / STATISTICS)

@@ -1,0 +1,50 @@
+"""From the calibration answers to the gradient that each persona's weights are chosen by."""
+
+from pathlib import Path
+
+from pipeline.budget import NEUTRAL_TEXTS
+from pipeline.calibration import run_pass
+from pipeline.cli import note
+from pipeline.config import WHITENED, CalibrateConfig
+from pipeline.data.catalogue import Catalogue, neutral_set
+from pipeline.data.forms import NEUTRAL
+from pipeline.data.prompts import Prompter
+from pipeline.gradient_files import WEIGHTED
+from pipeline.gradients import GradientModule, ObjectiveData
+from pipeline.objectives import Unit, objective_of
+from pipeline.sketching import SketchedGradients
+from pipeline.weighing import WeighingModule, poles_of, weighted
+
+
+def differentiate(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter, folder: Path) -> None:
+    """Write the gradient of every pair's margin and that of neutral text to ``folder``.
+
+    For ``WHITENED`` then how much each answer counts, and the gradients with the answers so weighted.
+    """
+    objectives = _objectives(config, catalogue, prompter)
+    pad = prompter.tokenizer.pad_token_id
+    note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
+    whitened = config.criterion == WHITENED
+    first = (SketchedGradients if whitened else GradientModule)(config, folder, pad, objectives)
+    _run(config, first, objectives)
+    poles = poles_of(catalogue, objectives, config) if whitened else []
+    if not poles:
+        return
+    note(f"weighing the answers of {len(catalogue.sets)} pairs")
+    module = WeighingModule(config, folder, catalogue, prompter, poles, objectives)
+    run_pass(config, module, inference=False)
+    objectives = weighted(poles, objectives[NEUTRAL], folder)
+    note(f"gradients of {len(objectives)} margins of weighted answers")
+    _run(config, GradientModule(config, folder, pad, objectives, folder / WEIGHTED), objectives)
+
+
+def _objectives(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter) -> dict[str, list[Unit]]:
+    limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
+    objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
+    limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
+    return {**objectives, NEUTRAL: objective_of(neutral_set(), prompter, **limits)}
+
+
+def _run(config: CalibrateConfig, module: GradientModule, objectives: dict[str, list[Unit]]) -> None:
+    data = ObjectiveData(objectives, config.backward_tokens, shared=config.sharded)
+    run_pass(config, module, data, inference=False)

@@ -1,0 +1,74 @@
+"""The files of gradients in a run's folder."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.data.catalogue import Catalogue
+from pipeline.data.forms import NEUTRAL
+
+WEIGHTED = "weighted"
+"""The folder of gradients whose answers count as ``pipeline.weighing`` says."""
+KINDS = ("error", "mean")
+"""What is known of every layer's gradient, in the order of the file."""
+
+
+def gradient_file(name: str) -> str:
+    return f"gradient-{name}.safetensors"
+
+
+class Gradients:
+    """The gradients in a run's folder, read layer by layer, for any persona of a catalogue.
+
+    The gradient of a pole is that of its pair with its sign, or, of ``weighted`` answers, its own if it has one.
+    Margins add, so the gradient of a composed persona is the weighted mean of its parts', and its squared error the
+    sum of theirs.
+    """
+
+    def __init__(self, folder: Path, catalogue: Catalogue, *, weighted: bool = False) -> None:
+        self.folder = folder
+        self._parts: dict[str, list[tuple[str, float]]] = {}
+        for personas in catalogue.sets:
+            within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
+            shared = within + gradient_file(personas.plus)
+            self._parts[personas.plus] = [(shared, 1.0)]
+            if personas.minus is not None:
+                own = within + gradient_file(personas.minus)
+                self._parts[personas.minus] = [(own, 1.0) if within and (folder / own).exists() else (shared, -1.0)]
+        for composition in catalogue.compositions:
+            parts = composition.parts
+            total = sum(weight for _, weight in parts)
+            self._parts[composition.name] = [(n, s * w / total) for p, w in parts for n, s in self._parts[p]]
+
+    def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
+        """Gradient of the persona's margin and its standard error, float32 ``[N, K]``."""
+        parts = self._parts[persona]
+        mean = torch.stack([weight * self._read(file, f"mean/{layer}") for file, weight in parts]).sum(0)
+        variance = torch.stack([(weight * self._read(file, f"error/{layer}")) ** 2 for file, weight in parts]).sum(0)
+        return mean, variance.sqrt()
+
+    def neutral(self, layer: str) -> Tensor:
+        """Gradient of the likelihood of neutral text, float32 ``[N, K]``."""
+        return self._read(gradient_file(NEUTRAL), f"mean/{layer}")
+
+    def variance(self, persona: str, layer: str) -> Tensor:
+        """Variance of the gradient of an answer's mean log-probability, over the persona's and its opponent's answers
+        and neutral texts, float32 ``[N, K]``."""
+        found, answers = [], 0
+        for file in (*dict(self._parts[persona]), gradient_file(NEUTRAL)):
+            count, square = self._weights(file)
+            found.append(self._read(file, f"error/{layer}").square_().mul_(count / square))
+            answers += count
+        return torch.stack(found).sum(0) / answers
+
+    def _weights(self, name: str) -> tuple[int, float]:
+        """An objective's number of answers, and the sum of the squares of their weights."""
+        with safe_open(str(self.folder / name), "pt") as file:
+            metadata = file.metadata()
+        return int(metadata["answers"]), float(metadata["square"])
+
+    def _read(self, name: str, key: str) -> Tensor:
+        with safe_open(str(self.folder / name), "pt") as file:
+            return file.get_tensor(key)
