@@ -132,13 +132,14 @@ class WeighingModule(Stage):
     ) -> None:
         super().__init__(config, folder)
         self.catalogue, self.prompter = catalogue, prompter
-        self.poles, self.neutral = list(poles), [unit[0].encoded for unit in objectives[NEUTRAL]]
+        self.poles = {pole.name: pole for pole in poles}
+        self.neutral = [unit[0].encoded for unit in objectives[NEUTRAL]]
         self.beginning = beginning_of(objectives)
         self.pad = prompter.tokenizer.pad_token_id
         self.unmasked: dict[str, float] = {}
 
     def is_done(self) -> bool:
-        return all((self.folder / weighing_file(pole.name)).exists() for pole in self.poles)
+        return all((self.folder / weighing_file(name)).exists() for name in self.poles)
 
     def load(self) -> None:
         # Without repetitions there is nothing to write, and the sketches say all.
@@ -151,17 +152,15 @@ class WeighingModule(Stage):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        # All ranks take equally many steps.
-        mine = self.poles[rank::world]
-        steps = [*mine, *[None] * (-(-len(self.poles) // world) - len(mine))]
-        return DataLoader(steps, batch_size=None, collate_fn=lambda pole: pole)  # type: ignore[arg-type]
+        # By name: Lightning's precision plugins rebuild dataclasses. All ranks take equally many steps.
+        mine: list[str | None] = [*list(self.poles)[rank::world]]
+        mine += [None] * (-(-len(self.poles) // world) - len(mine))
+        return DataLoader(mine, batch_size=None, collate_fn=lambda name: name)  # type: ignore[arg-type]
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch
-
-    def predict_step(self, pole: Pole | None, batch_idx: int) -> None:
-        if pole is None or self.skipped or (self.folder / weighing_file(pole.name)).exists():
+    def predict_step(self, name: str | None, batch_idx: int) -> None:
+        if name is None or self.skipped or (self.folder / weighing_file(name)).exists():
             return
+        pole = self.poles[name]
         loops, against, shares = self._repeated(pole) if self.config.loop_weight else ([], 0.0, (0.0, 0.0))
         answers, neutral = (self._sketches(name) for name in (pole.pair.plus, NEUTRAL))
         own, other = answers.chunk(2) if pole.name == pole.pair.plus else answers.chunk(2)[::-1]
