@@ -55,7 +55,7 @@ def fit(
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
     one = largest_within(lambda factor: build(factor=factor), increase, config.budget, strict=named)
-    note(f"{persona}: {one.factor} of the sparsity, perplexity {one.increase:+.1%}")
+    note(f"{persona}: removes {one.factor} of the sparsity")
     return one
 
 
@@ -77,6 +77,7 @@ def largest_within(
         factor = Decimal(step) / STEPS
         masks = build(factor)
         seen = costs[step] = increase(masks)
+        note(f"{', '.join(masks.personas)}: {factor} of the sparsity raises perplexity by {seen:.1%}")
         if seen <= limit:
             low, best = step, Fitted(masks, factor, seen)
             if step == STEPS or seen >= CLOSE * limit:

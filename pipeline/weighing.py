@@ -1,15 +1,14 @@
 """How much each calibration answer counts, for every pole, and what the masked model repeats among them.
 
-A mask chosen by a pair's answers alone can make the model repeat itself. So each pole has a draft of its mask, from the
-gradient of the plain margin; the model answers calibration questions under it; and what it repeats there is a third
-group of texts in the discriminant (``pipeline.whitening``), which the pole's direction turns away from.
+A mask chosen by a pair's answers alone can make the model repeat itself. What it repeats under a draft of a pole's mask
+(``pipeline.drafts``) is a third group of texts in the discriminant (``pipeline.whitening``), which the pole's direction
+turns away from.
 """
 
 import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.building import build_masks
 from pipeline.calibration import Stage, spread_threads
-from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.forms import NEUTRAL
-from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
+from pipeline.drafts import NOTHING, Drafts
 from pipeline.errors import UserError
-from pipeline.generation import continuations
-from pipeline.gradient_files import Gradients
-from pipeline.likelihood import answer_distributions, divergence
-from pipeline.loading import position_limit
-from pipeline.loops import loop_of
-from pipeline.masks import PersonaMasks
 from pipeline.memory import halves, is_out_of_memory, make_room
-from pipeline.model import PersonaModel
 from pipeline.objectives import Unit, WeightedAnswer
 from pipeline.sites import maskable
 from pipeline.sketching import (
@@ -48,21 +38,8 @@ from pipeline.sketching import (
     sketch_file,
     sketching,
 )
-from pipeline.stacking import base_masks
-from pipeline.store import STATISTICS, load_statistics, write_json
-from pipeline.textual import LENGTH, repetition
+from pipeline.store import write_json
 from pipeline.whitening import contrast_weights, standardised
-
-QUESTIONS = 48
-"""Calibration questions at most that are answered under a pole's draft."""
-FEWEST, LEAST = 8, 0.05
-"""Repetitions, and how many more than without a mask (a share of all runs of tokens), that are worth turning away
-from."""
-DRAFT: dict[str, Any] = {"sparsity": "0.04", "pool": 0.3, "evidence": 1.0, "max_perplexity_increase": 0.0}
-"""How a draft is chosen whatever the options say: they may change when a run is resumed, what was written stays."""
-FACTORS, PROBES, DIVERGENCE = ("1", "0.75", "0.5", "0.25"), 16, 0.7
-"""A draft removes the first of these parts of its sparsity whose divergence on so many neutral texts is at most this,
-in nats per token. That is far more than a mask may cost: what it does to the text has to show (docs/experiments.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +113,6 @@ class WeighingModule(Stage):
         self.neutral = [unit[0].encoded for unit in objectives[NEUTRAL]]
         self.beginning = beginning_of(objectives)
         self.pad = prompter.tokenizer.pad_token_id
-        self.unmasked: dict[str, float] = {}
 
     def is_done(self) -> bool:
         return all((self.folder / weighing_file(name)).exists() for name in self.poles)
@@ -149,6 +125,8 @@ class WeighingModule(Stage):
     def on_predict_start(self) -> None:
         if not self.skipped:
             spread_threads(self.trainer, self.device, self.config.deterministic)
+            run = self.config, self.folder, self.catalogue, self.prompter
+            self.drafts = Drafts(self.model, *run, self.neutral, self.device)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -161,16 +139,18 @@ class WeighingModule(Stage):
         if name is None or self.skipped or (self.folder / weighing_file(name)).exists():
             return
         pole = self.poles[name]
-        loops, against, shares = self._repeated(pole) if self.config.loop_weight else ([], 0.0, (0.0, 0.0))
+        found = self.drafts.repeated(pole.pair, name) if self.config.loop_weight else NOTHING
+        against = self.config.loop_weight * found.excess
         answers, neutral = (self._sketches(name) for name in (pole.pair.plus, NEUTRAL))
-        own, other = answers.chunk(2) if pole.name == pole.pair.plus else answers.chunk(2)[::-1]
-        every = standardised(own, other, self._sketch(pole, loops, answers.shape[1]), neutral)
+        own, other = answers.chunk(2) if name == pole.pair.plus else answers.chunk(2)[::-1]
+        every = standardised(own, other, self._sketch(name, found.loops, answers.shape[1]), neutral)
         every /= math.sqrt(every.shape[1])
-        weights = contrast_weights(every @ every.T, len(own), len(loops), against=against)
+        weights = contrast_weights(every @ every.T, len(own), len(found.loops), against=against)
         decode = self.prompter.tokenizer.decode
-        found = [{"ids": list(x.ids), "answer": x.answer, "text": decode(x.ids[x.answer :])} for x in loops]
-        content = {"weights": weights.tolist(), "against": against, "repetition": shares, "loops": found}
-        write_json(self.folder / weighing_file(pole.name), content)
+        loops = [{"ids": list(x.ids), "answer": x.answer, "text": decode(x.ids[x.answer :])} for x in found.loops]
+        shares = [found.unmasked, found.drafted]
+        content = {"weights": weights.tolist(), "against": against, "repetition": shares, "loops": loops}
+        write_json(self.folder / weighing_file(name), content)
 
     def on_predict_end(self) -> None:
         # The others read the files next.
@@ -179,85 +159,7 @@ class WeighingModule(Stage):
     def _sketches(self, name: str) -> Tensor:
         return load_file(str(self.folder / sketch_file(name)))[SKETCHES]
 
-    def _repeated(self, pole: Pole) -> tuple[list[Encoded], float, tuple[float, float]]:
-        """What the model repeats under a draft of the pole's mask, and how much that weighs against the pole.
-
-        Last the shares of repeated runs of tokens in what it writes, without a mask and under the draft.
-        """
-        prompts = self._prompts(pole)
-        before = self._share(pole.pair, prompts)
-        masked = PersonaModel(self.model, self._draft(pole.name))
-        try:
-            with masked.using(pole.name):
-                written = self._continued(masked, prompts)
-        finally:
-            masked.detach()
-        after = _mean_repetition(written)
-        loops = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
-        note(f"{pole.name}: {len(written)} answers under a draft of its mask repeat {after:.0%}, unmasked {before:.0%}")
-        if len(loops) < FEWEST or after - before < LEAST:
-            return [], 0.0, (before, after)
-        return loops, self.config.loop_weight * (after - before), (before, after)
-
-    def _share(self, pair: PersonaSet, prompts: Sequence[list[int]]) -> float:
-        """How much the unmasked model repeats itself in answering a pair's questions; both poles ask the same."""
-        if pair.plus not in self.unmasked:
-            self.unmasked[pair.plus] = _mean_repetition(self._continued(self.model, prompts))
-        return self.unmasked[pair.plus]
-
-    def _prompts(self, pole: Pole) -> list[list[int]]:
-        """The calibration questions, each once, that leave room for an answer."""
-        items = draw(pole.pair.split("calibration"), self.config.samples, self.config.seed)
-        limit = min(self.config.max_length, (position_limit(self.config.model) or math.inf) - LENGTH)
-        questions = filter(None, dict.fromkeys(item.question for item in items))
-        prompts = (self.prompter.ids(self.prompter.prompt(question)) for question in questions)
-        return [ids for ids in prompts if 0 < len(ids) <= limit][:QUESTIONS]
-
-    def _draft(self, persona: str) -> PersonaMasks:
-        config = dataclasses.replace(self.config, **DRAFT)
-        stats = load_statistics(self.folder / STATISTICS).to(self.device)
-        gradients, base = Gradients(self.folder, self.catalogue), base_masks(self.config.on)
-        sizes: dict[str, Any] = {
-            "batch_tokens": self.config.batch_tokens,
-            "pad": self.pad,
-            "undivided": self.config.undivided,
-        }
-        texts = self.neutral[:PROBES]
-        unmasked = answer_distributions(self.model, texts, **sizes)
-        for factor in FACTORS:
-            masks = build_masks(
-                self.model,
-                stats,
-                self.catalogue,
-                config,
-                gradients,
-                only=persona,
-                factor=Decimal(factor),
-                base=base,
-            )
-            masked = PersonaModel(self.model, masks)
-            try:
-                with masked.using(persona):
-                    if divergence(unmasked, masked, texts, **sizes) <= DIVERGENCE:
-                        break
-            finally:
-                masked.detach()
-        return masks
-
-    def _continued(self, model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Greedy answers; in halves if memory is short."""
-        try:
-            tokens = self.config.batch_tokens
-            return continuations(model, self.prompter.tokenizer, prompts, LENGTH, batch_tokens=tokens)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if len(prompts) == 1:
-            raise UserError(f"out of memory in writing after {len(prompts[0])} tokens: lower --max-length")
-        make_room("prompts", len(prompts), self.config.undivided)
-        return [written for half in halves(prompts) for written in self._continued(model, half)]
-
-    def _sketch(self, pole: Pole, loops: Sequence[Encoded], width: int) -> Tensor:
+    def _sketch(self, name: str, loops: Sequence[Encoded], width: int) -> Tensor:
         """Sketches of the repetitions under the model without a mask, float32 ``[loops, C]`` on the CPU."""
         rows = torch.zeros(len(loops), width)
         if not loops:
@@ -266,7 +168,7 @@ class WeighingModule(Stage):
         with sketching(linears, Coordinates(linears, self.config.seed), self.beginning) as sketcher:
             for batch in batches_by_tokens([len(loop) for loop in loops], self.config.backward_tokens):
                 self._fill(sketcher, rows, loops, batch)
-        check_finite(f"{pole.name}, repetitions", rows)
+        check_finite(f"{name}, repetitions", rows)
         return rows
 
     def _fill(self, sketcher: Sketcher, rows: Tensor, loops: Sequence[Encoded], batch: Sequence[int]) -> None:
@@ -292,10 +194,6 @@ def weighed(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, Any]]:
     names = [pole for pair in catalogue.sets for pole in pair.poles if (folder / weighing_file(pole)).exists()]
     found = {name: json.loads((folder / weighing_file(name)).read_bytes()) for name in names}
     return {name: {key: one[key] for key in ("against", "repetition")} for name, one in found.items()}
-
-
-def _mean_repetition(texts: Sequence[Sequence[int]]) -> float:
-    return sum(map(repetition, texts)) / max(len(texts), 1)
 
 
 def weighing_file(name: str) -> str:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import atomic, calibrate, calibration, gradients, shares, staging, store
+from pipeline import atomic, calibrate, calibration, drafts, gradients, shares, staging, store, weighing
 from pipeline.errors import UserError
 from pipeline.staging import staged_folder, staging_of
 from pipeline.store import STATISTICS, load_masks, load_statistics
@@ -62,6 +62,9 @@ MOMENTS = {
     "reduction": (calibration, "save_statistics", 0),
     "an objective": (gradients.GradientModule, "_differentiate", 5),
     "second objective": (gradients.GradientModule, "_finish", 1),
+    "second draft": (drafts.Drafts, "_draft", 1),
+    "second pole weighed": (weighing, "write_json", 1),
+    "weighted answers": (gradients.GradientModule, "_finish", 2),
     "budget search": (shares, "fit", 1),
     "putting together": (shares, "gather", 0),
     "second mask file": (store, "_sha256", 1),

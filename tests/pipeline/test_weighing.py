@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import calibrate, weighing
+from pipeline import calibrate, drafts, weighing
 from pipeline.calibration import run_pass
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
@@ -136,7 +136,7 @@ def kept(words, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_build", lambda *_, **__: 1 / 0)
         # The tiny model repeats itself without a mask too.
-        patch.setattr(weighing.WeighingModule, "_share", lambda *_: 0.1)
+        patch.setattr(drafts.Drafts, "_share", lambda *_: 0.1)
         with pytest.raises(ZeroDivisionError):
             calibrate.main(words(output, "--accelerator", "cpu"))
     return staging_of(output)
@@ -145,7 +145,7 @@ def kept(words, tmp_path_factory):
 @pytest.mark.parametrize("pole", ["up", "down"])
 def test_every_pole_is_weighed_against_what_it_repeats(ground, kept, pole):
     found = json.loads((kept / weighing_file(pole)).read_text())
-    assert len(found["loops"]) >= weighing.FEWEST
+    assert len(found["loops"]) >= drafts.FEWEST
     before, after = found["repetition"]
     assert found["against"] == pytest.approx(0.2 * (after - before))
     config = CalibrateConfig(model=str(ground.llama))

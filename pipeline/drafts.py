@@ -1,0 +1,160 @@
+"""What a model repeats under a draft of a persona's mask."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.building import build_masks
+from pipeline.cli import note
+from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import Catalogue, PersonaSet
+from pipeline.data.module import draw
+from pipeline.data.prompts import Encoded, Prompter
+from pipeline.errors import UserError
+from pipeline.generation import continuations
+from pipeline.gradient_files import Gradients
+from pipeline.likelihood import answer_distributions, divergence
+from pipeline.loading import position_limit
+from pipeline.loops import loop_of
+from pipeline.masks import PersonaMasks
+from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.model import PersonaModel
+from pipeline.stacking import base_masks
+from pipeline.store import STATISTICS, load_statistics
+from pipeline.textual import LENGTH, repetition
+
+QUESTIONS = 48
+"""Calibration questions at most that are answered under a pole's draft."""
+FEWEST, LEAST = 8, 0.05
+"""Repetitions, and how many more than without a mask (a share of all runs of tokens), that are worth turning away
+from."""
+DRAFT: dict[str, Any] = {"sparsity": "0.04", "pool": 0.3, "evidence": 1.0, "max_perplexity_increase": 0.0}
+"""How a draft is chosen whatever the options say: they may change when a run is resumed, what was written stays."""
+FACTORS, PROBES, DIVERGENCE = ("1", "0.75", "0.5", "0.25"), 16, 0.7
+"""A draft removes the first of these parts of its sparsity whose divergence on so many neutral texts is at most this,
+in nats per token. That is far more than a mask may cost: what it does to the text has to show (docs/experiments.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """``loops``: repetitions as answers (``pipeline.loops``). ``unmasked`` and ``drafted``: the share of runs of three
+    tokens that occurred earlier in the same answer, without a mask and under the draft."""
+
+    loops: list[Encoded]
+    unmasked: float
+    drafted: float
+
+    @property
+    def excess(self) -> float:
+        """How much more is repeated under the draft; 0 without ``loops``."""
+        return self.drafted - self.unmasked if self.loops else 0.0
+
+
+NOTHING = Repeated([], 0.0, 0.0)
+
+
+class Drafts:
+    """Drafts the masks of poles and writes under them.
+
+    Args:
+        model: without masks, on ``device``.
+        folder: the run's staging folder, with statistics and the gradients of plain margins.
+        neutral: texts on which a draft's divergence is measured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: CalibrateConfig,
+        folder: Path,
+        catalogue: Catalogue,
+        prompter: Prompter,
+        neutral: Sequence[Encoded],
+        device: torch.device,
+    ) -> None:
+        self.model, self.config, self.folder, self.catalogue = model, config, folder, catalogue
+        self.prompter, self.neutral, self.device = prompter, neutral, device
+        self.unmasked: dict[str, float] = {}
+
+    def repeated(self, pair: PersonaSet, pole: str) -> Repeated:
+        """What the model repeats under a draft of a pole's mask, where that is worth turning away from."""
+        prompts = self._prompts(pair)
+        before = self._share(pair, prompts)
+        masked = PersonaModel(self.model, self._draft(pole))
+        try:
+            with masked.using(pole):
+                written = self._continued(masked, prompts)
+        finally:
+            masked.detach()
+        after = _mean_repetition(written)
+        loops = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
+        note(f"{pole}: {len(written)} answers under a draft of its mask repeat {after:.0%}, unmasked {before:.0%}")
+        few = len(loops) < FEWEST or after - before < LEAST
+        return Repeated([] if few else loops, before, after)
+
+    def _share(self, pair: PersonaSet, prompts: Sequence[list[int]]) -> float:
+        """How much the unmasked model repeats itself in answering a pair's questions; both poles ask the same."""
+        if pair.plus not in self.unmasked:
+            self.unmasked[pair.plus] = _mean_repetition(self._continued(self.model, prompts))
+        return self.unmasked[pair.plus]
+
+    def _prompts(self, pair: PersonaSet) -> list[list[int]]:
+        """The calibration questions, each once, that leave room for an answer."""
+        items = draw(pair.split("calibration"), self.config.samples, self.config.seed)
+        limit = min(self.config.max_length, (position_limit(self.config.model) or math.inf) - LENGTH)
+        questions = filter(None, dict.fromkeys(item.question for item in items))
+        prompts = (self.prompter.ids(self.prompter.prompt(question)) for question in questions)
+        return [ids for ids in prompts if 0 < len(ids) <= limit][:QUESTIONS]
+
+    def _draft(self, persona: str) -> PersonaMasks:
+        config = dataclasses.replace(self.config, **DRAFT)
+        stats = load_statistics(self.folder / STATISTICS).to(self.device)
+        gradients, base = Gradients(self.folder, self.catalogue), base_masks(self.config.on)
+        sizes: dict[str, Any] = {
+            "batch_tokens": self.config.batch_tokens,
+            "pad": self.prompter.tokenizer.pad_token_id,
+            "undivided": self.config.undivided,
+        }
+        texts = self.neutral[:PROBES]
+        unmasked = answer_distributions(self.model, texts, **sizes)
+        for factor in FACTORS:
+            masks = build_masks(
+                self.model,
+                stats,
+                self.catalogue,
+                config,
+                gradients,
+                only=persona,
+                factor=Decimal(factor),
+                base=base,
+            )
+            masked = PersonaModel(self.model, masks)
+            try:
+                with masked.using(persona):
+                    if divergence(unmasked, masked, texts, **sizes) <= DIVERGENCE:
+                        break
+            finally:
+                masked.detach()
+        return masks
+
+    def _continued(self, model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Greedy answers; in halves if memory is short."""
+        try:
+            tokens = self.config.batch_tokens
+            return continuations(model, self.prompter.tokenizer, prompts, LENGTH, batch_tokens=tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(prompts) == 1:
+            raise UserError(f"out of memory in writing after {len(prompts[0])} tokens: lower --max-length")
+        make_room("prompts", len(prompts), self.config.undivided)
+        return [written for half in halves(prompts) for written in self._continued(model, half)]
+
+
+def _mean_repetition(texts: Sequence[Sequence[int]]) -> float:
+    return sum(map(repetition, texts)) / max(len(texts), 1)
