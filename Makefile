@@ -31,7 +31,7 @@ setup: $(VENV)/.installed  ## virtual environment, pinned dependencies, the proj
 model: setup  ## convert the embedded model into the user's cache (once, about half a minute)
 	@$(RUN) -m pipeline.embedded >/dev/null
 
-demo: model  ## calibrate one pair of personas on the embedded model, evaluate it, show two answers (about ten minutes on 2 cores)
+demo: model  ## calibrate one pair of personas on the embedded model, evaluate it, show two answers (a good ten minutes on 2 cores)
 	$(RUN) -m pipeline.calibrate --personas judging-perceiving --samples 64 --output $(DEMO) --overwrite
 	$(RUN) -m pipeline.evaluate $(DEMO) --no-options --samples 24 --texts 12 --questions 2 --json $(DEMO)/evaluation.json
 	$(RUN) -m pipeline.report $(DEMO)
