@@ -17,7 +17,7 @@ from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
 from pipeline.likelihood import answer_distributions, answer_scores, divergence
 from pipeline.masks import PersonaMasks
-from pipeline.model import PersonaModel
+from pipeline.model import masked
 
 NEUTRAL_TEXTS = 64
 """Neutral pairs that the gradient of neutral text is measured on; of the others, ``PROBE_TEXTS`` measure the cost."""
@@ -146,15 +146,11 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
             texts = encode(own_items(persona, catalogue, config))
             own[persona] = texts, mean(texts, model)
         texts, before = own[persona]
-        masked = PersonaModel(model, masks)
-        try:
-            with masked.using(persona):
-                other = math.expm1(min(divergence(unmasked, masked, neutral, **sizes), 100.0))
-                if other > config.budget:
-                    return other
-                return max(math.expm1(min(before - mean(texts, masked), 100.0)), other)
-        finally:
-            masked.detach()
+        with masked(model, masks) as under:
+            other = math.expm1(min(divergence(unmasked, under, neutral, **sizes), 100.0))
+            if other > config.budget:
+                return other
+            return max(math.expm1(min(before - mean(texts, under), 100.0)), other)
 
     return increase
 

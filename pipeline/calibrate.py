@@ -223,7 +223,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     from pipeline.stacking import base_masks
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_manifest
-    from pipeline.weighing import weighed
+    from pipeline.weighing import recorded
     from pipeline.weights import fingerprints, weights_of
 
     # Lightning's half precision would change the type of what is computed on the way.
@@ -238,7 +238,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)
     manifest["sparsity"] |= done.fitted
     if config.criterion == WHITENED and config.loop_weight:
-        manifest["loops"] = weighed(staging, catalogue)
+        manifest["loops"] = recorded(staging, catalogue)
     if config.disjoint:
         kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}
         manifest["disjoint_overlap"] = overlaps(done.shared, kept, shapes, catalogue)

@@ -277,11 +277,6 @@ class CalibrateConfig:
         return 0.15 if self.criterion == WHITENED else 0.0
 
     @property
-    def backward_tokens(self) -> int:
-        """Tokens of a padded batch in a backward pass."""
-        return max(1, self.batch_tokens // 2)
-
-    @property
     def loop_weight(self) -> float:
         """How much what the masked model repeats weighs against a pole, times how much more it repeats than without a
         mask; 0: nothing is written."""

@@ -10,7 +10,7 @@ from pipeline.data.catalogue import Catalogue, neutral_set
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Prompter
 from pipeline.gradient_files import WEIGHTED
-from pipeline.gradients import GradientModule, ObjectiveData
+from pipeline.gradients import GradientModule, ObjectiveData, backward_tokens
 from pipeline.objectives import Unit, objective_of
 from pipeline.sketching import SketchedGradients
 from pipeline.weighing import WeighingModule, poles_of, weighted
@@ -46,5 +46,5 @@ def _objectives(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompte
 
 
 def _run(config: CalibrateConfig, module: GradientModule, objectives: dict[str, list[Unit]]) -> None:
-    data = ObjectiveData(objectives, config.backward_tokens, shared=config.sharded)
+    data = ObjectiveData(objectives, backward_tokens(config.batch_tokens), shared=config.sharded)
     run_pass(config, module, data, inference=False)

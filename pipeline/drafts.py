@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter
-from pipeline.errors import UserError
 from pipeline.generation import continuations
 from pipeline.gradient_files import Gradients
 from pipeline.likelihood import answer_distributions, divergence
 from pipeline.loading import position_limit
 from pipeline.loops import loop_of
 from pipeline.masks import PersonaMasks
-from pipeline.memory import halves, is_out_of_memory, make_room
-from pipeline.model import PersonaModel
+from pipeline.memory import in_halves
+from pipeline.model import masked
 from pipeline.stacking import base_masks
 from pipeline.store import STATISTICS, load_statistics
 from pipeline.textual import LENGTH, repetition
@@ -85,12 +85,8 @@ class Drafts:
         """What the model repeats under a draft of a pole's mask, where that is worth turning away from."""
         prompts = self._prompts(pair)
         before = self._share(pair, prompts)
-        masked = PersonaModel(self.model, self._draft(pole))
-        try:
-            with masked.using(pole):
-                written = self._continued(masked, prompts)
-        finally:
-            masked.detach()
+        with masked(self.model, self._draft(pole)) as model:
+            written = self._continued(model, prompts)
         after = _mean_repetition(written)
         loops = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
         note(f"{pole}: {len(written)} answers under a draft of its mask repeat {after:.0%}, unmasked {before:.0%}")
@@ -133,27 +129,21 @@ class Drafts:
                 factor=Decimal(factor),
                 base=base,
             )
-            masked = PersonaModel(self.model, masks)
-            try:
-                with masked.using(persona):
-                    if divergence(unmasked, masked, texts, **sizes) <= DIVERGENCE:
-                        break
-            finally:
-                masked.detach()
+            with masked(self.model, masks) as model:
+                if divergence(unmasked, model, texts, **sizes) <= DIVERGENCE:
+                    break
         return masks
 
     def _continued(self, model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Greedy answers; in halves if memory is short."""
-        try:
-            tokens = self.config.batch_tokens
-            return continuations(model, self.prompter.tokenizer, prompts, LENGTH, batch_tokens=tokens)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if len(prompts) == 1:
-            raise UserError(f"out of memory in writing after {len(prompts[0])} tokens: lower --max-length")
-        make_room("prompts", len(prompts), self.config.undivided)
-        return [written for half in halves(prompts) for written in self._continued(model, half)]
+        write = partial(continuations, model, self.prompter.tokenizer, max_new_tokens=LENGTH)
+        return in_halves(
+            lambda some: write(some, batch_tokens=self.config.batch_tokens),
+            prompts,
+            "prompts",
+            lambda prompt: f"in writing after {len(prompt)} tokens",
+            self.config.undivided,
+        )
 
 
 def _mean_repetition(texts: Sequence[Sequence[int]]) -> float:

@@ -265,6 +265,11 @@ class ObjectiveData(lightning.LightningDataModule):
         return DataLoader(steps, batch_size=None, collate_fn=lambda step: step)  # type: ignore[arg-type]
 
 
+def backward_tokens(batch_tokens: int) -> int:
+    """Tokens of a padded batch in a backward pass, where ``batch_tokens`` are those of one in a forward pass."""
+    return max(1, batch_tokens // 2)
+
+
 def _batches(units: Sequence[Unit], batch_tokens: int) -> list[list[int]]:
     """Units by token budget; a smaller budget where that would make fewer than ``BATCHES``."""
     lengths = [len(unit) * max(len(term.encoded) for term in unit) for unit in units]

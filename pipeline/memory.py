@@ -1,7 +1,7 @@
 """A batch that does not fit into memory is split, and split again; a single sample that does not fit is an error."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from pipeline.cli import note
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 _MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 _told: set[str] = set()
 
@@ -42,3 +43,21 @@ def make_room(what: str, count: int, whole: str = "") -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def in_halves(
+    do: Callable[[Sequence[T]], list[R]], items: Sequence[T], what: str, alone: Callable[[T], str], whole: str = ""
+) -> list[R]:
+    """``do(items)``, one result for each; if memory is short, of one half and then of the other.
+
+    ``what``, ``whole``: as in ``make_room``. Raises UserError with ``alone`` of a single item that does not fit.
+    """
+    try:
+        return do(items)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    if len(items) == 1:
+        raise UserError(f"out of memory {alone(items[0])}: lower --max-length")
+    make_room(what, len(items), whole)
+    return [one for half in halves(items) for one in in_halves(do, half, what, alone, whole)]

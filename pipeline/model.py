@@ -202,6 +202,18 @@ class PersonaModel:
         return self.personas.index(persona)
 
 
+@contextmanager
+def masked(model: Any, masks: PersonaMasks) -> Iterator[PersonaModel]:
+    """A plain model under the masks of the one persona that they are of, for the time of a block."""
+    (persona,) = masks.personas
+    with_masks = PersonaModel(model, masks)
+    try:
+        with with_masks.using(persona):
+            yield with_masks
+    finally:
+        with_masks.detach()
+
+
 @dataclass(frozen=True)
 class _Place:
     """Which module holds a masked layer; for an expert's matrix, which parameter, and where in it."""

@@ -15,7 +15,7 @@ from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import PersonaSet, neutral_set
 from pipeline.data.forms import NEUTRAL
 from pipeline.errors import UserError
-from pipeline.gradients import Moments, ObjectiveData, accumulating, backward
+from pipeline.gradients import Moments, ObjectiveData, accumulating, backward, backward_tokens
 from pipeline.masks import PersonaMasks
 from pipeline.objectives import objective_of
 from pipeline.pooling import Pooled
@@ -106,7 +106,7 @@ class NeutralMasks:
         note(f"neutral mask: a backward pass over {NEUTRAL_TEXTS} neutral texts")
         limits = {"count": NEUTRAL_TEXTS, "max_length": self.manifest["options"]["max_length"]}
         units = objective_of(neutral_set(), self.prompter, **limits, seed=self.manifest["options"]["seed"])
-        steps = ObjectiveData({NEUTRAL: units}, max(1, self.batch_tokens // 2)).steps(0, 1)
+        steps = ObjectiveData({NEUTRAL: units}, backward_tokens(self.batch_tokens)).steps(0, 1)
         with self.model.using(None), accumulating(self._linears) as moments:
             for step in steps:
                 moments.share = step.share

@@ -23,15 +23,14 @@ from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
 from pipeline.drafts import NOTHING, Drafts
-from pipeline.errors import UserError
-from pipeline.memory import halves, is_out_of_memory, make_room
+from pipeline.gradients import backward_tokens
+from pipeline.memory import in_halves
 from pipeline.objectives import Unit, WeightedAnswer
 from pipeline.sites import maskable
 from pipeline.sketching import (
     SCALE,
     SKETCHES,
     Coordinates,
-    Sketcher,
     beginning_of,
     check_finite,
     is_sketched,
@@ -165,32 +164,27 @@ class WeighingModule(Stage):
         if not loops:
             return rows
         linears = maskable(self.model, self.config)
+        batches = batches_by_tokens([len(loop) for loop in loops], backward_tokens(self.config.batch_tokens))
         with sketching(linears, Coordinates(linears, self.config.seed), self.beginning) as sketcher:
-            for batch in batches_by_tokens([len(loop) for loop in loops], self.config.backward_tokens):
-                self._fill(sketcher, rows, loops, batch)
+
+            def sketch(some: Sequence[Encoded]) -> list[Tensor]:
+                return list(sketcher.sketch(self.model, [_mean(loop) for loop in some], self.pad).cpu() / SCALE)
+
+            for batch in batches:
+                found = in_halves(
+                    sketch,
+                    [loops[i] for i in batch],
+                    "answers",
+                    lambda loop: f"in the backward pass over {len(loop)} tokens",
+                    self.config.undivided,
+                )
+                rows[list(batch)] = torch.stack(found)
         check_finite(f"{name}, repetitions", rows)
         return rows
 
-    def _fill(self, sketcher: Sketcher, rows: Tensor, loops: Sequence[Encoded], batch: Sequence[int]) -> None:
-        """The rows of a batch; in halves if memory is short."""
-        try:
-            terms = [_mean(loops[i]) for i in batch]
-            rows[list(batch)] = sketcher.sketch(self.model, terms, self.pad).cpu() / SCALE
-            return
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if len(batch) == 1:
-            raise UserError(
-                f"out of memory in the backward pass over {len(loops[batch[0]])} tokens: lower --max-length"
-            )
-        make_room("answers", len(batch), self.config.undivided)
-        for half in halves(batch):
-            self._fill(sketcher, rows, loops, half)
 
-
-def weighed(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, Any]]:
-    """By pole that was written under a draft of: ``against`` and ``repetition``, as in its file."""
+def recorded(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, Any]]:
+    """For the manifest, by pole that was written under a draft of: ``against`` and ``repetition``, as in its file."""
     names = [pole for pair in catalogue.sets for pole in pair.poles if (folder / weighing_file(pole)).exists()]
     found = {name: json.loads((folder / weighing_file(name)).read_bytes()) for name in names}
     return {name: {key: one[key] for key in ("against", "repetition")} for name, one in found.items()}
