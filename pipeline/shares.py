@@ -38,7 +38,8 @@ SHARDS = "shards"
 
 
 class BuildModule(Stage):
-    """Builds the masks and writes them to ``folder / SHARDS / PIECE.safetensors``, on the CPU in float32.
+    """Builds the masks and writes them to ``folder / SHARDS / PIECE.safetensors``, from float32 weights: on the CPU, or
+    where a budget is searched on this rank's device, as the search runs the model again and again.
 
     Rank r builds every world-th piece from r on, the largest first; of a model that is read block by block, the pieces
     of every world-th block.
@@ -70,6 +71,7 @@ class BuildModule(Stage):
         size = {piece: sum(_size(shapes[layer]) for layer in of) for piece, of in self.layers.items()}
         missing = [piece for piece in self.layers if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
+            self.stats = self.stats.to(weights.move(self.device))
             self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config)
         # What is read from disk together stays together.
         parts: dict[str, list[str]] = {}

@@ -1,19 +1,21 @@
-"""The weights that masks are chosen from, in float32 on the CPU: all at once, or no more than a block of them."""
+"""The weights that masks are chosen from, in float32: all at once, or no more than a block of them."""
 
 from collections.abc import Iterable
 
 import torch
 
+from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.fingerprint import layer_fingerprint
 from pipeline.loading import load_model
+from pipeline.memory import is_out_of_memory
 from pipeline.shards import Shards
 from pipeline.sites import find_layers, matrix
 from pipeline.stacking import base_masks, pruned
 
 
 class WholeModel:
-    """All weights of ``model`` are in memory; those that the mask ``on`` removes are zero."""
+    """All weights of ``model`` are in memory, on the CPU at first; those that the mask ``on`` removes are zero."""
 
     def __init__(self, name: str, on: str) -> None:
         self.model = pruned(load_model(name), base_masks(on))
@@ -24,6 +26,18 @@ class WholeModel:
 
     def load(self, layer: str) -> None:
         """See that the layer's weight is in memory."""
+
+    def move(self, device: torch.device) -> torch.device:
+        """Move the model to ``device`` where it fits, or say that it does not; where it is now."""
+        try:
+            self.model.to(device)
+            return device
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self.model.to("cpu")
+        note(f"the model in float32 does not fit on {device}: what the masks cost is measured on the CPU, slower")
+        return torch.device("cpu")
 
 
 class BlockByBlock:

@@ -10,6 +10,7 @@ from pipeline.gradients import accumulating, backward
 from pipeline.loading import load_model
 from pipeline.sites import find_linears
 from pipeline.store import STATISTICS, load_statistics
+from pipeline.weights import WholeModel
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +187,19 @@ def test_nan_before_the_memory_is_full_is_not_lost(ground):
         raise MemoryError
     with pytest.raises(UserError, match="sample b"):
         collector.raise_on_bad_values(["a", "b"])
+
+
+def test_a_model_goes_to_a_device_that_holds_it(ground, monkeypatch, capsys):
+    weights = WholeModel(str(ground.llama), "")
+    assert weights.move(torch.device("meta")) == weights.model.device == torch.device("meta")
+    weights = WholeModel(str(ground.llama), "")
+    move = weights.model.to
+
+    def short(device):
+        if str(device) != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(device)
+
+    monkeypatch.setattr(weights.model, "to", short)
+    assert weights.move(torch.device("meta")) == weights.model.device == torch.device("cpu")
+    assert "does not fit on meta" in capsys.readouterr().err
