@@ -29,6 +29,6 @@ def choose_form(M: int, N: int, K: int, density: float, personas: int, dtype: to
       57 at 2 %).
     - More rows: the lists cost as much per row as before, the gating of panels is spread over more rows (float32,
       256 rows, 2 %: 102, 139, 153).
-    - Elsewhere (GPUs) ``correction_linear`` has plain PyTorch alone.
+    - On GPUs nothing has been measured yet.
     """
     return "correction" if personas == 1 and 32 < M <= 64 and worth_listing(K, density, dtype, device) else "masked"

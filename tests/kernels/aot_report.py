@@ -2,7 +2,7 @@
 
 import test_triton_aot as cases
 from aot import TARGETS, compile_kernel
-from test_triton_aot import FLOATS, linear, select, stats
+from test_triton_aot import FLOATS, correction, linear, select, sparse, stats
 
 
 def rows():
@@ -26,6 +26,16 @@ def rows():
             name = "x".join(str(tile[f"BLOCK_{axis}"]) for axis in "MNK")
             if kind == "bf16" or count == 16:
                 yield f"product, tile {name}, {kind}", linear._tile_kernel, cases.linear_arguments(kind) | blocks, warps
+    for kind in ("bf16", "fp32"):
+        blocks, warps = cases.with_warps(sparse.ROW_BLOCK)
+        yield f"sparse, row, {kind}", sparse._row_kernel, cases.sparse_arguments(kind) | blocks, warps
+        for count in (16, 1024) if kind == "bf16" else (16,):
+            tile = linear.tile_of(count, FLOATS[kind])
+            blocks, warps = cases.with_warps(tile)
+            name = "x".join(str(tile[f"BLOCK_{axis}"]) for axis in "MNK")
+            yield f"sparse, tile {name}, {kind}", sparse._tile_kernel, cases.sparse_arguments(kind) | blocks, warps
+        blocks, warps = cases.with_warps(correction.BLOCK)
+        yield f"correction, {kind}", correction._subtract_kernel, cases.correction_arguments(kind) | blocks, warps
 
 
 def main():

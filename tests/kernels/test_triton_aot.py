@@ -13,8 +13,10 @@ import triton.language as tl
 from aot import TARGETS, compile_kernel
 
 from kernels.ops.activation_stats import triton as stats
+from kernels.ops.correction_linear import triton as correction
 from kernels.ops.mask_select import triton as select
 from kernels.ops.masked_linear import triton as linear
+from kernels.ops.sparse_linear import triton as sparse
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -73,6 +75,23 @@ def linear_arguments(kind):
         **{"bias_ptr": f"*{kind}", "y_ptr": f"*{kind}", "stride_xm": "i32", "stride_xk": 1, "stride_wn": "i32"},
         **{"stride_wk": 1, "stride_bp": "i32", "stride_bn": "i32", "stride_bb": 1, "stride_pm": 1},
         **{"stride_bias": 1, "M": "i32?", "N": "i32", "K": "i32", "P": "i32?", "gamma": "fp32"},
+    }
+
+
+def sparse_arguments(kind):
+    return {
+        **{"x_ptr": f"*{kind}", "values_ptr": f"*{kind}", "bits_ptr": "*u8", "offsets_ptr": "*i64"},
+        **{"bias_ptr": f"*{kind}", "y_ptr": f"*{kind}", "stride_xm": "i32", "stride_xk": 1, "stride_bn": "i32"},
+        **{"stride_bb": 1, "stride_on": 1, "stride_bias": 1, "M": "i32?", "N": "i32", "K": "i32"},
+    }
+
+
+def correction_arguments(kind):
+    return {
+        **{"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}", "columns_ptr": "*u16", "offsets_ptr": "*i32"},
+        **{"persona_ptr": "*i32", "y_ptr": f"*{kind}", "stride_xm": "i32", "stride_xk": 1, "stride_wn": "i32"},
+        **{"stride_wk": 1, "stride_c": 1, "stride_op": "i32?", "stride_on": 1, "stride_pm": 1, "M": "i32?"},
+        **{"N": "i32", "K": "i32", "P": "i32?", "scale": "fp32"},
     }
 
 
@@ -145,6 +164,25 @@ def test_linear_tile(kind, rows, capability):
     assert ("mma" in usage.ptx) == (kind != "fp32"), "float32 is not for tf32, half precision is for tensor cores"
 
 
+@targets
+@pytest.mark.parametrize("rows", [1, 16, 1024])
+@pytest.mark.parametrize("kind", ["bf16", pytest.param("fp16", marks=slow), pytest.param("fp32", marks=slow)])
+def test_sparse(kind, rows, capability):
+    kernel = sparse._row_kernel if rows == 1 else sparse._tile_kernel
+    blocks, warps = with_warps(sparse.ROW_BLOCK if rows == 1 else linear.tile_of(rows, FLOATS[kind]))
+    usage = compile_kernel(kernel, sparse_arguments(kind) | blocks, capability, warps)
+    assert usage.spill == 0
+    assert ("mma" in usage.ptx) == (rows > 1 and kind != "fp32")
+
+
+@targets
+@pytest.mark.parametrize("kind", ["bf16", pytest.param("fp16", marks=slow), pytest.param("fp32", marks=slow)])
+def test_correction(kind, capability):
+    blocks, warps = with_warps(correction.BLOCK)
+    usage = compile_kernel(correction._subtract_kernel, correction_arguments(kind) | blocks, capability, warps)
+    assert usage.spill == 0
+
+
 # Triton compiles an integer of 1 into the kernel: a loop variable that begins as one must not change its type.
 ONES = {
     "split": (stats._split_kernel, split_arguments("fp32"), ("T", "K", "splits", "personas")),
@@ -158,6 +196,17 @@ ONES = {
         linear._tile_kernel,
         linear_arguments("fp16") | with_warps(linear.tile_of(16, torch.float16))[0],
         ("N", "K", "P"),
+    ),
+    "sparse row": (sparse._row_kernel, sparse_arguments("fp16") | with_warps(sparse.ROW_BLOCK)[0], ("M", "N", "K")),
+    "sparse tile": (
+        sparse._tile_kernel,
+        sparse_arguments("fp16") | with_warps(linear.tile_of(16, torch.float16))[0],
+        ("N", "K"),
+    ),
+    "correction": (
+        correction._subtract_kernel,
+        correction_arguments("fp16") | with_warps(correction.BLOCK)[0],
+        ("M", "N", "K", "P"),
     ),
 }
 

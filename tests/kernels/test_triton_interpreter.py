@@ -13,15 +13,36 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-OPS = "activation_stats=triton,mask_select=triton,mask_select_scores=triton,masked_linear=triton"
+OPS = ",".join(
+    f"{op}=triton"
+    for op in (
+        "activation_stats",
+        "mask_select",
+        "mask_select_scores",
+        "masked_linear",
+        "sparse_linear",
+        "correction_linear",
+    )
+)
 
 QUICK = {
     "activation_stats": "test_sums and 37 or bad_value and 3e or non_contiguous and 16",
     "activation_spans": "test_sums and 16 and chosen or own and 16 and chosen or no_spans and chosen",
     "mask_select": "keeps_the_largest and 37 or none- or zero_weights or low_precision or named and nan",
     "masked_linear": "not bfloat16 and (forward and 33 and 0.3-mixed or non_contiguous and 16 or unused or past)",
+    "sparse_linear": "not bfloat16 and portable and (as_accurate and True and 577 or values_of)",
+    "correction_linear": "not bfloat16 and reference and 577",
 }
-ALL = {"activation_stats": "", "activation_spans": "", "mask_select": "", "masked_linear": "not bfloat16"}
+# Not what the C++ op promises beyond the contract: bits that do not depend on the batch, errors of its own.
+OWN = "not threads and not input_is_checked"
+ALL = {
+    "activation_stats": "",
+    "activation_spans": "",
+    "mask_select": "",
+    "masked_linear": "not bfloat16",
+    "sparse_linear": f"not bfloat16 and not densities and {OWN}",
+    "correction_linear": f"not bfloat16 and {OWN}",
+}
 
 
 def run(op, expression, marks):

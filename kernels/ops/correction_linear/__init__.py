@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import backends, native
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.correction_linear.cpp import correction_linear_cpp
 from kernels.ops.correction_linear.reference import correction_linear_reference
@@ -98,3 +98,4 @@ def _(
 
 backends.register("correction_linear", "reference", correction_linear_reference)
 native.register("correction_linear", correction_linear_cpp)
+triton_backend.register("correction_linear", "kernels.ops.correction_linear.triton", "correction_linear_triton")

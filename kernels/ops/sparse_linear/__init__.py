@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import backends, native
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.pack_bits import pack_bits, unpack_bits
 from kernels.ops.sparse_linear.cpp import sparse_linear_cpp
@@ -88,3 +88,4 @@ def _(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | N
 
 backends.register("sparse_linear", "reference", sparse_linear_reference)
 native.register("sparse_linear", sparse_linear_cpp)
+triton_backend.register("sparse_linear", "kernels.ops.sparse_linear.triton", "sparse_linear_triton")
