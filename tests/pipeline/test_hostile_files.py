@@ -16,6 +16,7 @@ from pipeline.data.loader import MAX_LINE, load_rows
 from pipeline.data.voices import load_voices
 from pipeline.errors import UserError
 from pipeline.generation import printing_streamer
+from pipeline.reading import read_json
 from pipeline.store import load_manifest, load_masks, load_statistics
 from pipeline.terminal import described, printable, shortened
 from tests.pipeline.fuzzing import READERS, SHAPES, _sign, fuzz, prepare
@@ -43,6 +44,16 @@ def check(found):
 
 def test_damaged_files():
     check(fuzz(650, 0))
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + 400 * "0", str(-(1 << 64)), "NaN", "Infinity"])
+def test_numbers_that_nothing_can_be_computed_with(tmp_path, number):
+    path = tmp_path / "a.json"
+    path.write_text(f"[{number}]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"digits|beyond what|not JSON"):
+        read_json(path)
+    path.write_text(f"[{(1 << 64) - 1}, 1e308, -0.0]", encoding="utf-8")
+    assert read_json(path) == [(1 << 64) - 1, 1e308, 0.0]
 
 
 @pytest.mark.slow
