@@ -32,7 +32,7 @@ def main(devices, trials, seed, folder):
     if not model.exists():
         # In a process of its own: this one must not start threads before it forks.
         wait(fork(lambda: make_model(model) and 0, folder))
-    options = ["--personas", f"up/down={write_pairs(folder / 'pairs.csv', 40)}", "--batch-tokens", "150"]
+    options = ["--personas", f"up/down={write_pairs(folder / 'pairs.csv', 16)}", "--batch-tokens", "150"]
     options += ["--sparsity", "0.1", "--accelerator", "cpu", "--devices", str(devices), "--checkpoint-every", "0"]
     command = ["--model", str(model), *options, "--output", str(output)]
     started = time.monotonic()
