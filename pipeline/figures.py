@@ -35,19 +35,23 @@ class Point:
     ratio: float
 
 
-def separation_plot(points: Sequence[Point], path: Path) -> None:
+def separation_plot(points: Sequence[Point], path: Path, each: Sequence[Point] = ()) -> None:
     """Separation over the change of perplexity; the own masks of one criterion are joined by a line.
 
-    Other conditions are single points. Points without a finite cost or separation are left out.
+    Other conditions are single points. ``each``, what ``points`` are means of, is pale in their colours. Points without
+    a finite cost or separation are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [point for point in points if math.isfinite(point.ratio) and math.isfinite(point.separation)]
+    shown, parts = (
+        [point for point in some if math.isfinite(point.ratio) and math.isfinite(point.separation)]
+        for some in (points, each)
+    )
     figure, axis = pyplot.subplots(figsize=(8, 5.4), layout="constrained")
-    steep = max((point.ratio for point in shown), default=1) > STEEP
+    steep = max((point.ratio for point in (*shown, *parts)), default=1) > STEEP
     criteria = list(dict.fromkeys(p.criterion for p in shown if p.condition == "own mask"))
     for number, criterion in enumerate(criteria):
         own = sorted(
@@ -55,6 +59,8 @@ def separation_plot(points: Sequence[Point], path: Path) -> None:
         )
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         _points(axis, own, steep, f"own mask, {criterion}", colour, marker, "-" if len(own) > 1 else "")
+        pale = [p for p in parts if p.condition == "own mask" and p.criterion == criterion]
+        _points(axis, pale, steep, "", colour, marker, "", pale=True)
     others: dict[str, list[Point]] = {}
     for point in sorted(shown, key=lambda p: place(p.condition)):
         known = kind(point.condition)
@@ -63,6 +69,8 @@ def separation_plot(points: Sequence[Point], path: Path) -> None:
     for number, (condition, chosen) in enumerate(others.items()):
         style = PALETTE[(number + len(criteria)) % len(PALETTE)], MARKERS[(number + len(criteria)) % len(MARKERS)]
         _points(axis, chosen, steep, condition, *style, "", hollow=True)
+        pale = [p for p in parts if kind(p.condition) == condition]
+        _points(axis, pale, steep, "", *style, "", hollow=True, pale=True)
     axis.axhline(0, color="0.6", linewidth=1, linestyle=":")
     if steep:
         axis.set_xscale("log")
@@ -84,6 +92,7 @@ def _points(
     line: str,
     *,
     hollow: bool = False,
+    pale: bool = False,
 ) -> None:
     across = [p.ratio if steep else 100 * (p.ratio - 1) for p in points]
     up = [p.separation for p in points]
@@ -100,8 +109,10 @@ def _points(
         linestyle=line,
         color=colour,
         markerfacecolor="white" if hollow else colour,
-        capsize=3,
+        capsize=0 if pale else 3,
         elinewidth=1,
+        markersize=4 if pale else 8,
+        alpha=0.35 if pale else 1.0,
         label=label,
     )
 

@@ -26,7 +26,7 @@ def study(config: StudyConfig) -> list[Any]:
     from pipeline.figures import separation_plot
     from pipeline.gathered import read_evaluation
     from pipeline.results import finite, write_results, writing
-    from pipeline.tally import means_of, points_of, rows_of
+    from pipeline.tally import each_of, means_of, points_of, rows_of
     from pipeline.tally_tables import print_study
 
     cells, path = cells_of(config), config.output / NAME
@@ -44,7 +44,7 @@ def study(config: StudyConfig) -> list[Any]:
     content["means"] = [finite(dataclasses.asdict(mean)) for mean in means]
     write_results(path, content)
     with writing(config.output):
-        separation_plot(points_of(means), config.output / "separation.png")
+        separation_plot(points_of(means), config.output / "separation.png", each_of(rows))
         if curves_plot(rows, config.output / "curves.png"):
             note(f"plot: {config.output / 'curves.png'}")
     note(f"plot: {config.output / 'separation.png'}; everything: {path}")

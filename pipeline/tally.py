@@ -176,3 +176,10 @@ def points_of(means: Sequence[Mean]) -> list[Point]:
         )
         for m in means
     ]
+
+
+def each_of(rows: Sequence[Row]) -> list[Point]:
+    """What the means are of, as points of the same plot, each with its interval over items."""
+    return [
+        Point(r.label, r.criterion, r.condition, r.set, r.separation, r.low, r.high, 1 + sum(r.cost) / 2) for r in rows
+    ]

@@ -12,7 +12,8 @@ def print_study(rows: Sequence[Row], means: Sequence[Mean]) -> None:
     """On stdout, a table of what every cell's own masks do, and one of the means over sets of every condition."""
     from rich.console import Console
 
-    console = Console(width=max(Console().width, 150))
+    # Narrower, the columns that may wrap, which say what a row is of, would be left nothing.
+    console = Console(width=max(Console().width, 190))
     varied = any(row.label for row in rows)
     console.print(_cells_table([row for row in rows if row.condition == "own mask"], varied))
     console.print(_means_table(means, varied))
