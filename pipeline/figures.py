@@ -94,6 +94,8 @@ def _points(
     hollow: bool = False,
     pale: bool = False,
 ) -> None:
+    if not points:
+        return
     across = [p.ratio if steep else 100 * (p.ratio - 1) for p in points]
     up = [p.separation for p in points]
     # An interval of few items can miss its point by a rounding error.

@@ -273,6 +273,10 @@ def test_one_curve_per_criterion(monkeypatch, tmp_path):
     assert axis.get_xscale() == "linear"
     separation_plot([*points, Point("x", "a", "own mask", "p", 1, 0, 2, 40.0)], tmp_path / "p.png")
     assert drawn[1].axes[0].get_xscale() == "log"
+    separation_plot(points, tmp_path / "p.png", points[:3])
+    (axis,) = drawn[2].axes
+    assert len(axis.containers) == len(curves) + 1
+    assert {text.get_text() for text in drawn[2].legends[0].get_texts()} == set(curves)
 
 
 def test_also_takes_files_and_folders(evaluated, tmp_path):

@@ -14,7 +14,7 @@ from pipeline.gathered import read_evaluation
 from pipeline.options import StudyConfig
 from pipeline.results import finite
 from pipeline.staging import STATE, staging_of
-from pipeline.tally import means_of, number_of, points_of, rows_of
+from pipeline.tally import each_of, means_of, number_of, points_of, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,7 @@ def test_means_and_numbers(made):
     ]
     assert means[0].separation == pytest.approx(sum(means[0].seeds) / 2)
     assert [p.ratio for p in points_of(means)] == [1 + m.cost for m in means]
+    assert [(p.separation, p.high) for p in each_of(rows)] == [(row.separation, row.high) for row in rows]
     assert number_of("sparsity=0.4") == 0.4
     assert math.isnan(number_of("criterion=wanda"))
     assert math.isnan(number_of(""))
