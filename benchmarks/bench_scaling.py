@@ -63,7 +63,7 @@ def stages(bench: Bench, samples: int) -> int:
 
 
 def main(bench: Bench) -> None:
-    items = 1 if bench.quick else 125
+    items = 1 if bench.quick else 40
     samples = stages(bench, items)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
