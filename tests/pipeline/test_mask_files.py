@@ -140,7 +140,7 @@ TAMPERED = {
     "rows that no list can have": (edit(lambda m: m["layers"].update(a=[10**6, 19])), "cannot hold 2000005 bytes"),
     "columns that no list can have": (edit(lambda m: m["layers"].update(a=[3, 1 << 16])), "cannot hold 24581 bytes"),
     "huge shape": (edit(lambda m: m["layers"].update(a=[10**12, 10**12])), "layer shape"),
-    "shape beyond numbers": (edit(lambda m: m["layers"].update(a=[10**4000, 1])), "layer shape"),
+    "shape beyond numbers": (edit(lambda m: m["layers"].update(a=[10**4000, 1])), "an integer of 4001 digits"),
     "missing layer": (edit(lambda m: (m["layers"].pop("a"), m["model"]["fingerprint"].pop("a"))), "layers differ"),
     "path traversal": (edit(lambda m: m["masks"]["fox"].update(file="../fox.safetensors")), "file name"),
     "persona traversal": (edit(lambda m: m["masks"].update({"../x": m["masks"]["fox"]})), "persona name"),
