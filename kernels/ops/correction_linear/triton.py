@@ -28,8 +28,9 @@ def _subtract_kernel(
     wide_n = n.to(tl.int64)
     persona = tl.load(persona_ptr + m * stride_pm)
     exists = (persona >= -1) & (persona < P)
-    listed = (n < N) & exists & (persona >= 0)
-    offsets_ptr += tl.where(exists & (persona >= 0), persona, 0).to(tl.int64) * stride_op
+    masked = exists & (persona >= 0)
+    listed = (n < N) & masked
+    offsets_ptr += tl.where(masked, persona, 0).to(tl.int64) * stride_op
     first = tl.load(offsets_ptr + wide_n * stride_on, listed, 0)
     length = tl.load(offsets_ptr + (wide_n + 1) * stride_on, listed, 0) - first
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)

@@ -4,6 +4,8 @@
 columns of a weight row as one group, the bits of one mask byte, and add up in float32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -132,6 +134,20 @@ def tile_of(rows: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 
 
+def launch(
+    kernels: tuple[Any, Any], row_block: dict[str, int], by_rows: bool, x: Tensor, N: int, arguments: tuple[Any, ...]
+) -> None:
+    """Run the first of ``kernels`` in blocks of ``row_block``, each for one row of ``x``; or the second in tiles."""
+    M = x.shape[0]
+    with torch.cuda.device_of(x):
+        if by_rows:
+            kernels[0][(M * triton.cdiv(N, row_block["BLOCK_N"]),)](*arguments, **row_block)
+        else:
+            tile = tile_of(M, x.dtype)
+            grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+            kernels[1][grid](*arguments, **tile)
+
+
 def masked_linear_triton(
     x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float, bias: Tensor | None
 ) -> Tensor:
@@ -152,11 +168,5 @@ def masked_linear_triton(
         x, weight, bits, persona, bias, y, *x.stride(), *weight.stride(), *bits.stride(), stride_pm, stride_bias,
         M, N, K, bits.shape[0], gamma,
     )  # fmt: skip
-    with torch.cuda.device_of(x):
-        if use_rows(M, apart):
-            _row_kernel[(M * triton.cdiv(N, ROW_BLOCK["BLOCK_N"]),)](*arguments, **ROW_BLOCK)
-        else:
-            tile = tile_of(M, x.dtype)
-            grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-            _tile_kernel[grid](*arguments, **tile)
+    launch((_row_kernel, _tile_kernel), ROW_BLOCK, use_rows(M, apart), x, N, arguments)
     return y

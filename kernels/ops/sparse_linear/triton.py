@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops.masked_linear.triton import tile_of
+from kernels.ops.masked_linear.triton import launch
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
 ROW_BLOCK = {"BLOCK_N": 4, "BLOCK_G": 64, "num_warps": 4}
@@ -23,6 +23,14 @@ def _ones(byte):
     pairs = byte - ((byte >> 1) & 0x55)
     quads = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return (quads + (quads >> 4)) & 0x0F
+
+
+@triton.jit
+def _extent(offsets_ptr, stride_on, n, N):
+    """Where the values of rows ``n`` begin, int64, and how many there are, int32; none outside."""
+    places = offsets_ptr + n.to(tl.int64) * stride_on
+    first = tl.load(places, n < N, 0)
+    return first, (tl.load(places + stride_on, n < N, 0) - first).to(tl.int32)
 
 
 @triton.jit
@@ -53,15 +61,12 @@ def _row_kernel(
     """``y[m, n]`` for one row m and ``BLOCK_N`` columns n."""
     m = (tl.program_id(0) % M).to(tl.int64)
     n = tl.program_id(0) // M * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.load(offsets_ptr + n.to(tl.int64) * stride_on, n < N, 0)
-    length = (tl.load(offsets_ptr + (n.to(tl.int64) + 1) * stride_on, n < N, 0) - first).to(tl.int32)
+    first, length = _extent(offsets_ptr, stride_on, n, N)
     passed = tl.zeros((BLOCK_N,), tl.int32)
     total = tl.zeros((BLOCK_N, BLOCK_G, 8), tl.float32)
     for start in range(0, tl.cdiv(K, 8), BLOCK_G):
         group = start + tl.arange(0, BLOCK_G)
-        weight, passed = _expanded(
-            values_ptr, bits_ptr, stride_bn, stride_bb, n, group, N, K, first, length, passed
-        )  # fmt: skip
+        weight, passed = _expanded(values_ptr, bits_ptr, stride_bn, stride_bb, n, group, N, K, first, length, passed)
         columns = group[:, None] * 8 + tl.arange(0, 8)[None, :]
         x = tl.load(x_ptr + m * stride_xm + columns.to(tl.int64) * stride_xk, columns < K, 0).to(tl.float32)
         total += weight.to(tl.float32) * x[None, :, :]
@@ -80,15 +85,12 @@ def _tile_kernel(
     m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // tl.cdiv(M, BLOCK_M) * BLOCK_N + tl.arange(0, BLOCK_N)
     wide_m = m.to(tl.int64)
-    first = tl.load(offsets_ptr + n.to(tl.int64) * stride_on, n < N, 0)
-    length = (tl.load(offsets_ptr + (n.to(tl.int64) + 1) * stride_on, n < N, 0) - first).to(tl.int32)
+    first, length = _extent(offsets_ptr, stride_on, n, N)
     passed = tl.zeros((BLOCK_N,), tl.int32)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, K, BLOCK_K):
         group = start // 8 + tl.arange(0, BLOCK_K // 8)
-        weight, passed = _expanded(
-            values_ptr, bits_ptr, stride_bn, stride_bb, n, group, N, K, first, length, passed
-        )  # fmt: skip
+        weight, passed = _expanded(values_ptr, bits_ptr, stride_bn, stride_bb, n, group, N, K, first, length, passed)
         k = start + tl.arange(0, BLOCK_K)
         read = (k < K)[:, None] & (m < M)[None, :]
         x = tl.load(x_ptr + wide_m[None, :] * stride_xm + k.to(tl.int64)[:, None] * stride_xk, read, 0)
@@ -117,11 +119,5 @@ def sparse_linear_triton(x: Tensor, values: Tensor, bits: Tensor, offsets: Tenso
         x, values.contiguous(), bits, offsets, bias, y, *x.stride(), *bits.stride(), offsets.stride(0),
         0 if bias is None else bias.stride(0), M, N, K,
     )  # fmt: skip
-    with torch.cuda.device_of(x):
-        if use_rows(M):
-            _row_kernel[(M * triton.cdiv(N, ROW_BLOCK["BLOCK_N"]),)](*arguments, **ROW_BLOCK)
-        else:
-            tile = tile_of(M, x.dtype)
-            grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-            _tile_kernel[grid](*arguments, **tile)
+    launch((_row_kernel, _tile_kernel), ROW_BLOCK, use_rows(M), x, N, arguments)
     return y
