@@ -37,7 +37,7 @@ demo: model  ## calibrate one pair of personas on the embedded model, evaluate i
 	$(RUN) -m pipeline.report $(DEMO)
 	@echo "masks: $(DEMO)/masks   report: $(DEMO)/report.html   talk to it: $(RUN) -m pipeline.chat $(DEMO)"
 
-test: model  ## the test suite (a quarter of an hour on 2 cores)
+test: model  ## the test suite (about 20 minutes on 2 cores)
 	$(TEST)
 
 test-slow: model  ## the long tests too
