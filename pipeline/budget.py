@@ -17,7 +17,7 @@ from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
 from pipeline.likelihood import answer_distributions, answer_scores, divergence
 from pipeline.masks import PersonaMasks
-from pipeline.model import masked
+from pipeline.stacking import Base, under
 
 NEUTRAL_TEXTS = 64
 """Neutral pairs that the gradient of neutral text is measured on; of the others, ``PROBE_TEXTS`` measure the cost."""
@@ -46,7 +46,7 @@ def fit(
     config: CalibrateConfig,
     gradients: Any,
     increase: Callable[[PersonaMasks], float],
-    base: PersonaMasks | None = None,
+    base: Base | None = None,
 ) -> Fitted:
     """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``.
 
@@ -109,9 +109,11 @@ def _between(low: int, high: int, costs: dict[int, float], limit: float) -> int:
     return min(max(round(guess), low + 1), high - 1)
 
 
-def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConfig) -> Callable[[PersonaMasks], float]:
+def rise(
+    model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConfig, base: Base | None = None
+) -> Callable[[PersonaMasks], float]:
     """Measures the relative rise in perplexity under one persona's masks; the larger one of two, or one that is
-    beyond the budget.
+    beyond the budget. ``base`` has pruned ``model``, which is what they are held against.
 
     On text as the unmasked model writes it: ``exp(D) - 1`` with the divergence ``D`` of the masked from the unmasked
     model over the answers of the shipped neutral pairs that no gradient has seen. (Perplexity of given texts falls
@@ -131,8 +133,8 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
             Encoded(t.ids[: config.max_length], t.answer, t.question) for t in texts if t.answer < config.max_length
         ]
 
-    def mean(texts: list[Encoded], under: Any) -> float:
-        return sum(score.mean for score in answer_scores(under, texts, **sizes)) / len(texts)
+    def mean(texts: list[Encoded], asked: Any) -> float:
+        return sum(score.mean for score in answer_scores(asked, texts, **sizes)) / len(texts)
 
     items = neutral_set().split("calibration")
     drawn = set(draw(items, min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS), config.seed))
@@ -146,11 +148,11 @@ def rise(model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConf
             texts = encode(own_items(persona, catalogue, config))
             own[persona] = texts, mean(texts, model)
         texts, before = own[persona]
-        with masked(model, masks) as under:
-            other = math.expm1(min(divergence(unmasked, under, neutral, **sizes), 100.0))
+        with under(model, masks, base) as persona_model:
+            other = math.expm1(min(divergence(unmasked, persona_model, neutral, **sizes), 100.0))
             if other > config.budget:
                 return other
-            return max(math.expm1(min(before - mean(texts, under), 100.0)), other)
+            return max(math.expm1(min(before - mean(texts, persona_model), 100.0)), other)
 
     return increase
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.ops.pack_bits import unpack_bits
-from pipeline.config import CalibrateConfig, Sparsity
+from kernels.ops.pack_bits import pack_bits, unpack_bits
+from pipeline.config import WHITENED, CalibrateConfig, Sparsity
 from pipeline.criteria import CRITERIA, Layer, Slopes
 from pipeline.data.catalogue import Catalogue
 from pipeline.errors import UserError
@@ -17,6 +17,7 @@ from pipeline.gradient_files import Gradients
 from pipeline.masks import PersonaMasks, count_kept, density
 from pipeline.pooling import Pooled, compared
 from pipeline.sites import maskable, matrix
+from pipeline.stacking import Base
 from pipeline.stats import ActivationStats, ChannelStats
 
 
@@ -61,13 +62,13 @@ def each_mask(
     only: str | None = None,
     layers: Collection[str] = (),
     factor: Decimal = Decimal(1),
-    base: PersonaMasks | None = None,
+    base: Base | None = None,
 ) -> Iterator[LayerMask]:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
     Of all layers in turn, or of some; of a layer, of one persona after another. ``factor`` scales ``--sparsity``;
-    ``base`` has pruned ``model``, and what it removes stays removed. Nothing that was handed over is kept here, but
-    for ``--disjoint`` the masks of the layer at work.
+    ``base`` has pruned ``model``; what it removes stays removed, but for what ``first-order`` gives back. Nothing that
+    was handed over is kept here, but for ``--disjoint`` the masks of the layer at work.
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -83,6 +84,9 @@ def each_mask(
         weight = matrix(module)
         if widths[where[name]] != weight.shape[1]:
             raise UserError(f"layer {name} has {weight.shape[1]} inputs, the statistics have {widths[where[name]]}")
+        absent = below = None
+        if base and name in base.masks.shapes:
+            absent, below = base.absent(name).to(weight), base.kept(name).to(weight.device)
         before: dict[str, Tensor] = {}
         channels: dict[tuple[str, bool], ChannelStats] = {}
         for persona in personas:
@@ -107,10 +111,12 @@ def each_mask(
                 config.pool,
                 config.evidence,
                 config.shift,
+                absent,
+                below,
             )
             bits = criterion(layer)
-            if base and name in base.shapes:
-                bits = bits & base.bits[base.personas[0]][name].to(bits.device)
+            if below is not None and config.criterion != WHITENED:
+                bits = bits & pack_bits(below)
             if config.disjoint:
                 before[persona] = bits
             shared = None if taken is None else count_kept(bits & taken)
@@ -118,20 +124,20 @@ def each_mask(
 
 
 def _untouched(
-    base: PersonaMasks | None, personas: Iterable[str], layers: Collection[str], chosen: Collection[str]
+    base: Base | None, personas: Iterable[str], layers: Collection[str], chosen: Collection[str]
 ) -> Iterator[LayerMask]:
     """The layers, or of some, that ``base`` masks and nothing is ``chosen`` from: all personas' masks are its own."""
     if base is None:
         return
-    (below,) = base.bits.values()
-    for name, shape in base.shapes.items():
+    (below,) = base.masks.bits.values()
+    for name, shape in base.masks.shapes.items():
         if name not in chosen and (not layers or name in layers):
             for persona in personas:
                 yield LayerMask(name, shape, persona, below[name])
 
 
 def shapes_of(
-    model: Any, stats: ActivationStats, config: CalibrateConfig, base: PersonaMasks | None = None
+    model: Any, stats: ActivationStats, config: CalibrateConfig, base: Base | None = None
 ) -> dict[str, tuple[int, int]]:
     """Every layer that gets masks, with its ``[N, K]``; those that ``base`` masks have them already."""
     measured = {linear for site in stats.sites for linear in site.linears}
@@ -142,7 +148,7 @@ def shapes_of(
     }
     if not found:
         raise UserError("the statistics are of another model: no layer of this one is in them")
-    return {**base.shapes, **found} if base else found
+    return {**base.masks.shapes, **found} if base else found
 
 
 def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device) -> Slopes:

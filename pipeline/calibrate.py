@@ -220,7 +220,6 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     from pipeline.building import overlaps, shapes_of
     from pipeline.calibration import run_pass
     from pipeline.shares import BuildModule, gather
-    from pipeline.stacking import base_masks
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_manifest
     from pipeline.weighing import recorded
@@ -232,7 +231,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
         return
     check_files(staging)
     stats, weights = load_statistics(staging / STATISTICS), weights_of(config)
-    shapes = shapes_of(weights.model, stats, config, base_masks(config.on))
+    shapes = shapes_of(weights.model, stats, config, weights.base)
     done = gather(staging, shapes, stats, catalogue, config)
     removed = {persona: 1 - entry["density"] for persona, entry in done.files.items()}
     manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)

@@ -26,7 +26,7 @@ from pipeline.ranks import Ranks
 from pipeline.sharding import Sharded, load_sharded
 from pipeline.signals import told, unbroken
 from pipeline.sites import Site, check_causal, find_sites, measurable, probe
-from pipeline.stacking import base_masks, pruned
+from pipeline.stacking import Base, base_of
 from pipeline.state import check_files
 from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
@@ -41,6 +41,7 @@ class Stage(lightning.LightningModule):
         super().__init__()
         self.config, self.folder = config, folder
         self.model: Any = None
+        self.base: Base | None = None
         self.tokens_done = 0
         self.skipped = False
 
@@ -66,7 +67,8 @@ class Stage(lightning.LightningModule):
             # Not a submodule: Lightning would move and cast it.
             object.__setattr__(self, "model", model)
         else:
-            self.model = pruned(load_model(self.config.model, dtype), base_masks(self.config.on))
+            model, self.base = load_model(self.config.model, dtype), base_of(self.config.on)
+            self.model = self.base.prune(model) if self.base else model
 
 
 class StatisticsModule(Stage):

@@ -20,7 +20,7 @@ def add_random(model: Any, run: Path, pair: Any, draws: int, seed: int, *, rows:
     Each removes as many weights of every layer as the pole's mask, spread evenly over the rows, or with ``rows`` as
     many of every row: which outputs lose weights is a part of what the mask says. Against a first-order criterion they
     come from the pool that it chose from, the row's least important weights: any others would cost far more perplexity
-    and make every criterion look good. What the mask below (``--on``) removes, they all remove.
+    and make every criterion look good. Of what the mask below (``--on``) removes, they give as many back.
     """
     chosen, base = [], base_masks(model.masks.manifest["options"].get("on", ""))
     for _ in range(draws):

@@ -43,7 +43,8 @@ class Layer:
     ``keep`` weights stay in each row. ``taken`` (bool ``[N, K]``) are ranked last: the weights that the
     opposite pole has kept already, under ``--disjoint``. A first-order criterion goes by ``slopes``; it chooses
     from the share ``pool`` of each row, what gains at least ``evidence`` standard errors. ``shift`` is target-shift's
-    alpha.
+    alpha. On a mask, ``below`` (bool ``[N, K]``): ``weight`` is 0 where that removes it, and ``absent`` what it was, 0
+    elsewhere.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Layer:
     pool: float = 0.3
     evidence: float = 1.0
     shift: float = 1.0
+    absent: Tensor | None = None
+    below: Tensor | None = None
 
 
 def wanda(layer: Layer) -> Tensor:
@@ -134,13 +137,18 @@ def first_order(layer: Layer) -> Tensor:
     That change enters the gain at the price that brings it to zero. Demanded of every single weight instead, the
     condition pulls the model towards the style of the neutral texts, and generated text suffers (docs/experiments.md).
     The damage is the second-order cost to likelihoods; where one batch left their spread unknown, the disturbance.
+    On a mask, what that has removed can be given back: the same change of a weight with the other sign, chosen by the
+    same rule, and counted in the row's share.
     """
-    weight, slopes = layer.weight, _slopes(layer)
+    slopes = _slopes(layer)
+    # What each weight is changed by, with the sign of its removal.
+    weight = layer.weight if layer.absent is None else layer.weight - layer.absent
     gain = scoring.first_order_gain(weight, slopes.margin)
     change = scoring.first_order_gain(weight, slopes.neutral)
     eligible = gain > layer.evidence * weight.float().abs() * slopes.error
     if layer.pool < 1:
-        eligible &= least_important(weight, _rms(layer), layer.pool)
+        pool = least_important(layer.weight, _rms(layer), layer.pool)
+        eligible &= pool if layer.absent is None else pool | (layer.absent != 0)
     if slopes.variance.any():
         damage = scoring.likelihood_damage(weight, slopes.variance)
     else:
@@ -153,7 +161,8 @@ def first_order(layer: Layer) -> Tensor:
         worth = gain + price * change
         return _best(scoring.gain_per_damage(worth, damage), found.given & (worth > 0), weight.shape[1] - layer.keep)
 
-    return pack_bits(found.kept(_balanced(removed, change)))
+    kept = found.kept(_balanced(removed, change))
+    return pack_bits(kept if layer.below is None else layer.below ^ ~kept)
 
 
 class _Candidates:

@@ -23,8 +23,7 @@ from pipeline.loading import position_limit
 from pipeline.loops import loop_of
 from pipeline.masks import PersonaMasks
 from pipeline.memory import in_halves
-from pipeline.model import masked
-from pipeline.stacking import base_masks
+from pipeline.stacking import Base, under
 from pipeline.store import STATISTICS, load_statistics
 from pipeline.textual import LENGTH, repetition
 
@@ -65,6 +64,7 @@ class Drafts:
         model: without masks, on ``device``.
         folder: the run's staging folder, with statistics and the gradients of plain margins.
         neutral: texts on which a draft's divergence is measured.
+        base: has pruned ``model``.
     """
 
     def __init__(
@@ -76,16 +76,18 @@ class Drafts:
         prompter: Prompter,
         neutral: Sequence[Encoded],
         device: torch.device,
+        base: Base | None = None,
     ) -> None:
         self.model, self.config, self.folder, self.catalogue = model, config, folder, catalogue
         self.prompter, self.neutral, self.device = prompter, neutral, device
+        self.base = base
         self.unmasked: dict[str, float] = {}
 
     def repeated(self, pair: PersonaSet, pole: str) -> Repeated:
         """What the model repeats under a draft of a pole's mask, where that is worth turning away from."""
         prompts = self._prompts(pair)
         before = self._share(pair, prompts)
-        with masked(self.model, self._draft(pole)) as model:
+        with under(self.model, self._draft(pole), self.base) as model:
             written = self._continued(model, prompts)
         after = _mean_repetition(written)
         loops = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
@@ -110,7 +112,7 @@ class Drafts:
     def _draft(self, persona: str) -> PersonaMasks:
         config = dataclasses.replace(self.config, **DRAFT)
         stats = load_statistics(self.folder / STATISTICS).to(self.device)
-        gradients, base = Gradients(self.folder, self.catalogue), base_masks(self.config.on)
+        gradients = Gradients(self.folder, self.catalogue)
         sizes: dict[str, Any] = {
             "batch_tokens": self.config.batch_tokens,
             "pad": self.prompter.tokenizer.pad_token_id,
@@ -127,9 +129,9 @@ class Drafts:
                 gradients,
                 only=persona,
                 factor=Decimal(factor),
-                base=base,
+                base=self.base,
             )
-            with masked(self.model, masks) as model:
+            with under(self.model, masks, self.base) as model:
                 if divergence(unmasked, model, texts, **sizes) <= DIVERGENCE:
                     break
         return masks

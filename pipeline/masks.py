@@ -108,22 +108,26 @@ class PersonaMasks:
 
         They are spread evenly over the rows; with ``rows`` every row loses as many as under the persona's mask, whose
         choice of outputs the random mask then shares. ``pool(layer)`` (bool ``[N, K]``) says which weights may go, all
-        by default; what ``base`` (of one persona) removes goes anyway. Raises ValueError where the pool holds fewer
-        than have to go.
+        by default. Of what ``base`` (of one persona) removes, as many weights come back as under the persona's mask.
+        Raises ValueError where the pool holds fewer than have to go.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
         for layer in self.shapes:
             mask = self.mask(persona, layer)
             below = base.mask(base.personas[0], layer) if base and layer in base.shapes else torch.ones_like(mask)
-            removed = (below & ~mask).sum(1)
+            removed, returned = (below & ~mask).sum(1), (~below & mask).sum(1)
             candidates = below if pool is None or not removed.any() else pool(layer).to(mask.device) & below
             room = candidates.sum(1)
             if (removed > room).any() if rows else removed.sum() > room.sum():
                 raise ValueError(f"layer {layer}: {persona!r} removes more weights than its pool holds")
             if not rows:
                 removed = _spread(int(removed.sum()), room, generator)
-            drawn[layer] = pack_bits(below & ~_random_subset(candidates, removed, generator))
+                returned = _spread(int(returned.sum()), (~below).sum(1), generator)
+            kept = below & ~_random_subset(candidates, removed, generator)
+            if returned.any():
+                kept |= _random_subset(~below, returned, generator)
+            drawn[layer] = pack_bits(kept)
         return self._new(name, drawn)
 
     def __or__(self, other: "PersonaMasks") -> "PersonaMasks":

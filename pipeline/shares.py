@@ -29,7 +29,6 @@ from pipeline.experts import parameter_of
 from pipeline.gradient_files import Gradients
 from pipeline.loading import load_tokenizer
 from pipeline.masks import count_kept
-from pipeline.stacking import base_masks
 from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, load_statistics, write_mask, write_tensors
 from pipeline.weights import weights_of
@@ -53,7 +52,6 @@ class BuildModule(Stage):
         self.held: list[Any] = []
 
     def load(self) -> None:
-        self.base = base_masks(self.config.on)
         self.held = [weights_of(self.config)]
 
     def on_predict_start(self) -> None:
@@ -66,13 +64,13 @@ class BuildModule(Stage):
         self.gradients = None
         if self.config.criterion in FIRST_ORDER:
             self.gradients = Gradients(self.folder, self.catalogue, weighted=self.config.criterion == WHITENED)
-        shapes = self.shapes = shapes_of(model, self.stats, self.config, self.base)
+        shapes = self.shapes = shapes_of(model, self.stats, self.config, weights.base)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
         size = {piece: sum(_size(shapes[layer]) for layer in of) for piece, of in self.layers.items()}
         missing = [piece for piece in self.layers if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
             self.stats = self.stats.to(weights.move(self.device))
-            self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config)
+            self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config, weights.base)
         # What is read from disk together stays together.
         parts: dict[str, list[str]] = {}
         for piece in sorted(size, key=lambda piece: -size[piece]):
@@ -90,11 +88,11 @@ class BuildModule(Stage):
         weights.load(self.layers[piece][0])
         run = weights.model, self.stats, self.catalogue, self.config, self.gradients
         if self.config.budget:
-            one = fit(piece, *run, self.increase, self.base)
+            one = fit(piece, *run, self.increase, weights.base)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
-            self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=self.base))
+            self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=weights.base))
 
     def _build(self, piece: str, masks: Iterable[LayerMask]) -> None:
         """Write a piece's masks as they are made."""

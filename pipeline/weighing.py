@@ -125,7 +125,7 @@ class WeighingModule(Stage):
         if not self.skipped:
             spread_threads(self.trainer, self.device, self.config.deterministic)
             run = self.config, self.folder, self.catalogue, self.prompter
-            self.drafts = Drafts(self.model, *run, self.neutral, self.device)
+            self.drafts = Drafts(self.model, *run, self.neutral, self.device, self.base)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         rank, world = self.trainer.global_rank, self.trainer.world_size

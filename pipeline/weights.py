@@ -11,14 +11,15 @@ from pipeline.loading import load_model
 from pipeline.memory import is_out_of_memory
 from pipeline.shards import Shards
 from pipeline.sites import find_layers, matrix
-from pipeline.stacking import base_masks, pruned
+from pipeline.stacking import base_of
 
 
 class WholeModel:
     """All weights of ``model`` are in memory, on the CPU at first; those that the mask ``on`` removes are zero."""
 
     def __init__(self, name: str, on: str) -> None:
-        self.model = pruned(load_model(name), base_masks(on))
+        model, self.base = load_model(name), base_of(on)
+        self.model = self.base.prune(model) if self.base else model
 
     def part_of(self, layer: str) -> str:
         """The part of the model that ``load`` reads with this layer."""
@@ -42,6 +43,8 @@ class WholeModel:
 
 class BlockByBlock:
     """Of ``model``, one decoder block (or what is outside all blocks) is in memory, the rest on the meta device."""
+
+    base = None
 
     def __init__(self, name: str, option: str) -> None:
         self.shards = Shards(name, torch.float32, torch.device("cpu"), option=option)

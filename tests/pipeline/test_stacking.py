@@ -13,9 +13,10 @@ from pipeline.data.catalogue import PersonaSet
 from pipeline.errors import UserError
 from pipeline.fingerprint import model_fingerprints
 from pipeline.loading import load_model
+from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 from pipeline.sites import find_layers, matrix
-from pipeline.stacking import base_files, base_masks, pruned
+from pipeline.stacking import Base, base_files, base_masks, base_of, under
 from pipeline.store import STATISTICS, load_masks, load_statistics
 
 PAIR = PersonaSet("up", "down", (), "test")
@@ -38,19 +39,21 @@ def run(words, half):
     return folder
 
 
-def test_what_is_below_stays_removed(half, run):
+def test_what_is_below_is_changed_within_the_share(half, run):
+    """The default criterion takes more, and gives back; both count."""
     below, above = load_masks(half), load_masks(run)
     assert set(above.shapes) == set(below.shapes)
-    further = 0
+    further = back = 0
     for layer in below.shapes:
         base = below.mask("up", layer)
         assert base.float().mean() == 0.5
         for persona in ("up", "down"):
             mask = above.mask(persona, layer)
-            assert not (mask & ~base).any()
             further += int((base & ~mask).sum())
-            assert ((base & ~mask).sum(1) <= int(0.2 * base.shape[1]) + 1).all()
+            back += int((mask & ~base).sum())
+            assert ((base ^ mask).sum(1) <= int(0.2 * base.shape[1]) + 1).all()
     assert further > 0
+    assert back > 0
     assert any(not torch.equal(above.bits["up"][layer], above.bits["down"][layer]) for layer in above.shapes)
 
 
@@ -62,7 +65,7 @@ def test_measured_on_the_pruned_model(ground, half, run):
     with torch.no_grad():
         for name, layer in layers.items():
             matrix(layer).copy_(matrix(layer) * masks.mask("up", name))
-    again = pruned(load_model(str(ground.llama)), base_masks(f"{half}:up"))
+    again = base_of(f"{half}:up").prune(load_model(str(ground.llama)))
     assert model_fingerprints(find_layers(again)) == fingerprints
     for name, layer in find_layers(again).items():
         assert torch.equal(matrix(layer), matrix(layers[name]))
@@ -73,15 +76,58 @@ def test_measured_on_the_pruned_model(ground, half, run):
     assert torch.equal(load_statistics(run / STATISTICS).sums[first], of_pruned.sums[first])
 
 
+@pytest.mark.parametrize("criterion", ["wanda", "first-order-damage"])
+def test_other_criteria_give_nothing_back(words, half, tmp_path, criterion):
+    options = ("--criterion", criterion, "--on", f"{half}:up", "--sparsity", "0.6", "--samples", "8")
+    assert calibrate.main(words(tmp_path / "run", *options)) == 0
+    below, above = load_masks(half), load_masks(tmp_path / "run")
+    for layer in below.shapes:
+        for persona in ("up", "down"):
+            assert not (above.mask(persona, layer) & ~below.mask("up", layer)).any()
+
+
+def test_what_was_taken_comes_back(ground, half):
+    """For the time of a block, bit for bit, and under masks that keep some of it."""
+    model = load_model(str(ground.llama))
+    weights = {name: matrix(layer) for name, layer in find_layers(model).items()}
+    whole = {name: weight.detach().clone() for name, weight in weights.items()}
+    base = base_of(f"{half}:up")
+    base.prune(model)
+    pruned = {name: weight.detach().clone() for name, weight in weights.items()}
+    for name in base.masks.shapes:
+        assert torch.equal(pruned[name] + base.absent(name), whole[name])
+        assert not base.absent(name)[base.kept(name)].any()
+    ids = torch.arange(4).unsqueeze(0)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        everything = PersonaMasks(base.masks.shapes, {"all": {n: torch.full_like(b, 255) for n, b in of_one(base)}})
+        with under(model, everything, base) as persona:
+            for name, weight in weights.items():
+                assert torch.equal(weight, whole[name])
+            assert not torch.allclose(persona(input_ids=ids).logits, before)
+        with under(model, base.masks, base) as persona:
+            torch.testing.assert_close(persona(input_ids=ids).logits, before)
+    for name, weight in weights.items():
+        assert torch.equal(weight, pruned[name])
+
+
+def of_one(base: Base):
+    return base.masks.bits[base.persona].items()
+
+
 def test_random_controls_stand_on_it_too(half, run):
     model = PersonaModel.from_pretrained(run)
     (names,), (rows,) = add_random(model, run, PAIR, 1, seed=0), add_random(model, run, PAIR, 1, seed=0, rows=True)
     below = load_masks(half)
     for layer in model.masks.shapes:
         own, drawn, same = (model.masks.mask(name, layer) for name in ("up", names["up"], rows["up"]))
-        assert own.sum() == drawn.sum()
-        assert torch.equal(own.sum(1), same.sum(1))
-        assert not ((drawn | same) & ~below.mask("up", layer)).any()
+        base = below.mask("up", layer)
+        assert (own & ~base).sum() == (drawn & ~base).sum()
+        assert (base & ~own).sum() == (base & ~drawn).sum()
+        assert torch.equal((own & ~base).sum(1), (same & ~base).sum(1))
+        assert torch.equal((base & ~own).sum(1), (base & ~same).sum(1))
+        assert not torch.equal(own, drawn)
+        assert not torch.equal(own, same)
 
 
 def test_the_base_is_a_condition(ground, run, tmp_path, capfd):
@@ -93,7 +139,7 @@ def test_the_base_is_a_condition(ground, run, tmp_path, capfd):
     records = json.loads((tmp_path / "e.json").read_text())["records"]
     by = {(r["condition"], r["persona"]): r for r in records if r["form"] == "free"}
     assert by["base mask", "up"]["removed"] == pytest.approx(0.5)
-    assert by["own mask", "up"]["removed"] > 0.5
+    assert by["own mask", "up"]["removed"] != pytest.approx(0.5)
     assert by["base mask", "up"]["criterion"] == ""
     assert "no neutral mask: the run's masks stand on" in capfd.readouterr().err
 
@@ -120,7 +166,7 @@ def test_which_mask(finished, half):
 
 def test_another_model_is_refused(ground, half):
     with pytest.raises(UserError, match="these masks were made for"):
-        pruned(load_model(str(ground.gpt2)), base_masks(f"{half}:up"))
+        base_of(f"{half}:up").prune(load_model(str(ground.gpt2)))
 
 
 def test_statistics_of_the_whole_model_are_refused(words, half, finished, tmp_path, capsys):
