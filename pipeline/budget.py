@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.data.forms import Item
 from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
+from pipeline.leaning import Line, levelled, line_of
 from pipeline.likelihood import answer_distributions, answer_scores, divergence
 from pipeline.masks import PersonaMasks
 from pipeline.stacking import Base, under
@@ -31,11 +32,13 @@ POWER = 1.8
 
 @dataclass(frozen=True)
 class Fitted:
-    """A persona's masks, the factor on ``--sparsity`` that made them, and their relative rise in perplexity."""
+    """A persona's masks, the factor on ``--sparsity`` that made them, their relative rise in perplexity, and the price
+    of what they lean to (``pipeline.leaning``)."""
 
     masks: PersonaMasks
     factor: Decimal
     increase: float
+    price: float = 0.0
 
 
 def fit(
@@ -47,14 +50,32 @@ def fit(
     gradients: Any,
     increase: Callable[[PersonaMasks], float],
     base: Base | None = None,
+    line: Callable[[PersonaMasks], Line] | None = None,
 ) -> Fitted:
-    """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``.
+    """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``, ``line`` is ``line_under``.
 
-    Where nothing is, UserError is raised if the user named the budget; the default one takes the least and says so.
+    Where masks lean to one of two answers, they are levelled, and what they may remove is searched once more.
+    Where nothing is within the budget, UserError is raised if the user named it; the default one takes the least and
+    says so.
     """
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
     one = largest_within(lambda factor: build(factor=factor), increase, config.budget, strict=named)
+    if line and gradients.leans(persona):
+
+        def off(price: float) -> float:
+            found = line(build(factor=one.factor, price=price) if price else one.masks)
+            note(
+                f"{persona}: leans by {found.off:+.2f} at a price of {price:g} ({found.first:+.2f}/{found.second:+.2f})"
+            )
+            return found.off
+
+        price = levelled(off)
+        if price:
+            again = partial(build, price=price)
+            step = int(one.factor * STEPS)
+            one = largest_within(lambda factor: again(factor=factor), increase, config.budget, strict=named, first=step)
+            one = replace(one, price=price)
     note(f"{persona}: removes {one.factor} of the sparsity")
     return one
 
@@ -65,13 +86,15 @@ def largest_within(
     limit: float,
     *,
     strict: bool = True,
+    first: int = FIRST,
 ) -> Fitted:
-    """The largest factor found in (0, 1] whose masks raise perplexity by at most ``limit``.
+    """The largest factor found in (0, 1] whose masks raise perplexity by at most ``limit``; ``first`` 64ths are tried
+    first.
 
     Cost need not rise with every weight; what is returned has been measured to hold. If nothing that was tried does,
     raises UserError, or without ``strict`` returns the smallest.
     """
-    low, high, best, step = 0, STEPS + 1, None, FIRST
+    low, high, best, step = 0, STEPS + 1, None, first
     costs: dict[int, float] = {}
     for _ in range(PROBES):
         factor = Decimal(step) / STEPS
@@ -155,6 +178,23 @@ def rise(
             return max(math.expm1(min(before - mean(texts, persona_model), 100.0)), other)
 
     return increase
+
+
+def line_under(
+    model: Any, tokenizer: Any, catalogue: Catalogue, config: CalibrateConfig, base: Base | None, persona: str
+) -> Callable[[PersonaMasks], Line] | None:
+    """Measures where a pole's masks draw the line between its two answers, on its calibration items; None where there
+    are not two."""
+    items = own_items(persona, catalogue, config)
+    sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id, "undivided": config.undivided}
+    measure = line_of(items, Prompter(tokenizer), config.max_length, **sizes)
+
+    def line(masks: PersonaMasks) -> Line:
+        assert measure is not None
+        with under(model, masks, base) as persona_model:
+            return measure(persona_model)
+
+    return line if measure else None
 
 
 def own_items(persona: str, catalogue: Catalogue, config: CalibrateConfig) -> list[Item]:

@@ -115,7 +115,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
     import shutil
 
     from pipeline.experts import find_experts
-    from pipeline.gradient_files import WEIGHTED, gradient_file
+    from pipeline.gradient_files import LEANING, WEIGHTED, gradient_file
     from pipeline.shares import SHARDS
     from pipeline.staging import MASKS
     from pipeline.store import MANIFEST
@@ -131,7 +131,8 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
         # It has answers sketched and weighed, and leaves other layers alone.
         for file in staging.glob(gradient_file("*")):
             file.unlink()
-        shutil.rmtree(staging / WEIGHTED, ignore_errors=True)
+        for name in (WEIGHTED, LEANING):
+            shutil.rmtree(staging / name, ignore_errors=True)
     (staging / MANIFEST).unlink(missing_ok=True)
     built = [folder for folder in (staging / SHARDS, staging / MASKS) if folder.exists()]
     if built:

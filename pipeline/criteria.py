@@ -28,12 +28,14 @@ between them is then halved."""
 class Slopes:
     """What one layer's gradients say for one persona, float32 ``[N, K]`` each: the gradient of the persona's margin
     with its standard error over items, that of the likelihood of neutral text, and the variance of the gradient of an
-    answer's mean log-probability over all answers, up to one factor for all layers (0 throughout: unknown)."""
+    answer's mean log-probability over all answers, up to one factor for all layers (0 throughout: unknown); and, where
+    it has a price (``Layer.price``), that of one of the pair's two answers against the other (``pipeline.leaning``)."""
 
     margin: Tensor
     error: Tensor
     neutral: Tensor
     variance: Tensor
+    leaning: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Layer:
     opposite pole has kept already, under ``--disjoint``. A first-order criterion goes by ``slopes``; it chooses
     from the share ``pool`` of each row, what gains at least ``evidence`` standard errors. ``shift`` is target-shift's
     alpha. On a mask, ``below`` (bool ``[N, K]``): ``weight`` is 0 where that removes it, and ``absent`` what it was, 0
-    elsewhere.
+    elsewhere. ``price``: nats of margin that a nat of leaning is worth.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Layer:
     shift: float = 1.0
     absent: Tensor | None = None
     below: Tensor | None = None
+    price: float = 0.0
 
 
 def wanda(layer: Layer) -> Tensor:
@@ -153,6 +156,9 @@ def first_order(layer: Layer) -> Tensor:
         damage = scoring.likelihood_damage(weight, slopes.variance)
     else:
         damage = scoring.disturbance(weight, _rms(layer))
+
+    if slopes.leaning is not None:
+        gain = gain + layer.price * scoring.first_order_gain(weight, slopes.leaning)
 
     found = _Candidates(eligible)
     gain, change, damage = found.take(gain), found.take(change), found.take(damage)

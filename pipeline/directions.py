@@ -9,8 +9,9 @@ from pipeline.config import WHITENED, CalibrateConfig
 from pipeline.data.catalogue import Catalogue, neutral_set
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Prompter
-from pipeline.gradient_files import WEIGHTED
+from pipeline.gradient_files import LEANING, WEIGHTED
 from pipeline.gradients import GradientModule, ObjectiveData, backward_tokens
+from pipeline.leaning import leaning_units
 from pipeline.objectives import Unit, objective_of
 from pipeline.sketching import SketchedGradients
 from pipeline.weighing import WeighingModule, poles_of, weighted
@@ -19,7 +20,8 @@ from pipeline.weighing import WeighingModule, poles_of, weighted
 def differentiate(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter, folder: Path) -> None:
     """Write the gradient of every pair's margin and that of neutral text to ``folder``.
 
-    For ``WHITENED`` then how much each answer counts, and the gradients with the answers so weighted.
+    For ``WHITENED`` then how much each answer counts, and the gradients with the answers so weighted; where a budget is
+    searched, also what makes one of a pair's two answers likelier on all items, if it has the same two on all.
     """
     objectives = _objectives(config, catalogue, prompter)
     pad = prompter.tokenizer.pad_token_id
@@ -33,9 +35,14 @@ def differentiate(config: CalibrateConfig, catalogue: Catalogue, prompter: Promp
     note(f"weighing the answers of {len(catalogue.sets)} pairs")
     module = WeighingModule(config, folder, catalogue, prompter, poles, objectives)
     run_pass(config, module, inference=False)
+    leaning = {pole.pair.plus: leaning_units(objectives[pole.pair.plus]) for pole in poles if config.budget}
+    leaning = {name: units for name, units in leaning.items() if units}
     objectives = weighted(poles, objectives[NEUTRAL], folder)
     note(f"gradients of {len(objectives)} margins of weighted answers")
     _run(config, GradientModule(config, folder, pad, objectives, folder / WEIGHTED), objectives)
+    if leaning:
+        note(f"gradients of what {len(leaning)} pairs of answers lean to")
+        _run(config, GradientModule(config, folder, pad, leaning, folder / LEANING), leaning)
 
 
 def _objectives(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter) -> dict[str, list[Unit]]:

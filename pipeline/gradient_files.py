@@ -11,6 +11,8 @@ from pipeline.data.forms import NEUTRAL
 
 WEIGHTED = "weighted"
 """The folder of gradients whose answers count as ``pipeline.weighing`` says."""
+LEANING = "leaning"
+"""The folder of the gradients of ``pipeline.leaning``."""
 KINDS = ("error", "mean")
 """What is known of every layer's gradient, in the order of the file."""
 
@@ -29,6 +31,7 @@ class Gradients:
 
     def __init__(self, folder: Path, catalogue: Catalogue, *, weighted: bool = False) -> None:
         self.folder = folder
+        self._pairs = {pole: personas.plus for personas in catalogue.sets for pole in personas.poles}
         self._parts: dict[str, list[tuple[str, float]]] = {}
         for personas in catalogue.sets:
             within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
@@ -52,6 +55,14 @@ class Gradients:
     def neutral(self, layer: str) -> Tensor:
         """Gradient of the likelihood of neutral text, float32 ``[N, K]``."""
         return self._read(gradient_file(NEUTRAL), f"mean/{layer}")
+
+    def leans(self, persona: str) -> bool:
+        """Is it known what a persona's answers lean to?"""
+        return persona in self._pairs and (self.folder / LEANING / gradient_file(self._pairs[persona])).exists()
+
+    def leaning(self, persona: str, layer: str) -> Tensor:
+        """Gradient of one of a pair's two answers against the other, over all items, float32 ``[N, K]``."""
+        return self._read(f"{LEANING}/{gradient_file(self._pairs[persona])}", f"mean/{layer}")
 
     def variance(self, persona: str, layer: str) -> Tensor:
         """Variance of the gradient of an answer's mean log-probability, over the persona's and its opponent's answers

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import tensorfile
 from pipeline.atomic import replacing
-from pipeline.budget import fit, rise
+from pipeline.budget import fit, line_under, rise
 from pipeline.building import LayerMask, composed, each_mask, second_poles, shapes_of
 from pipeline.calibration import Stage, spread_threads
 from pipeline.config import FIRST_ORDER, WHITENED, CalibrateConfig
@@ -70,7 +70,8 @@ class BuildModule(Stage):
         missing = [piece for piece in self.layers if not shard(self.folder, piece).exists()]
         if self.config.budget and missing:
             self.stats = self.stats.to(weights.move(self.device))
-            self.increase = rise(model, load_tokenizer(self.config.model), self.catalogue, self.config, weights.base)
+            measured = model, load_tokenizer(self.config.model), self.catalogue, self.config, weights.base
+            self.increase, self.line = rise(*measured), partial(line_under, *measured)
         # What is read from disk together stays together.
         parts: dict[str, list[str]] = {}
         for piece in sorted(size, key=lambda piece: -size[piece]):
@@ -88,8 +89,8 @@ class BuildModule(Stage):
         weights.load(self.layers[piece][0])
         run = weights.model, self.stats, self.catalogue, self.config, self.gradients
         if self.config.budget:
-            one = fit(piece, *run, self.increase, weights.base)
-            found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
+            one = fit(piece, *run, self.increase, weights.base, self.line(piece))
+            found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase), "price": repr(one.price)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
             self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=weights.base))
@@ -125,8 +126,8 @@ def layers_of(
 class Gathered:
     """For the manifest: the entries of the mask ``files`` by persona, and what else is known of them now.
 
-    ``fitted``: with a budget, every persona's ``factor`` and ``perplexity_increase``; ``shared``: with ``--disjoint``,
-    how many of a second pole's weights the first keeps too.
+    ``fitted``: with a budget, every persona's ``factor``, ``perplexity_increase`` and ``price``; ``shared``: with
+    ``--disjoint``, how many of a second pole's weights the first keeps too.
     """
 
     files: dict[str, dict[str, Any]]
@@ -154,7 +155,7 @@ def gather(
             both = (pieces.read(persona, layer) & pieces.read(first[persona], layer) for layer in shapes)
             done.shared[persona] = sum(map(count_kept, both))
     if config.budget:
-        for name in ("factor", "perplexity_increase"):
+        for name in ("factor", "perplexity_increase", "price"):
             done.fitted[name] = {p: float(Decimal(pieces.open(p).metadata()[name])) for p in catalogue.personas}
     return done
 
