@@ -174,7 +174,8 @@ class CalibrateConfig:
     """Seconds between two checkpoints of the statistics (or longer, so that they take at most 5 % of the time)."""
     on: str = ""
     """Calibrate the model as a mask of an earlier run leaves it, RUN:PERSONA (RUN alone, if it has one mask). What
-    that mask removes stays removed, the new masks come on top: a persona for a model that is pruned already."""
+    that mask removes stays removed, but for what first-order gives back, and the new masks come on top: a persona for a
+    model that is pruned already."""
     strict: bool = False
     """Make rows that cannot be used an error instead of a report."""
     seed: int = 0

@@ -1,0 +1,175 @@
+"""The line between two answers: which items have one, what leans to it, and how a mask's is levelled."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from pipeline import calibrate
+from pipeline.budget import line_under, own_items
+from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import load_catalogue
+from pipeline.data.prompts import Encoded, Prompter
+from pipeline.gradients import accumulating, backward
+from pipeline.leaning import FEWEST, LEVEL, TRIES, Line, leaning_units, levelled, two_answers
+from pipeline.loading import load_model, load_tokenizer
+from pipeline.masks import PersonaMasks
+from pipeline.objectives import margin_units
+from pipeline.sites import find_linears
+from pipeline.store import load_masks
+
+YES, NO, MAYBE = (7,), (8,), (9,)
+
+
+def pair(number, own, other):
+    question = (1, 2, 10 + number)
+    return tuple(Encoded(question + answer, len(question), range(1, 2)) for answer in (own, other))
+
+
+def write_statements(path, count=24):
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            own, other = ("Yes", "No") if i % 2 else ("No", "Yes")
+            row = {"question": f"Do you jump over {'dog' if i % 2 else 'fox'} {i}?", "statement": "I jump"}
+            row |= {"answer_matching_behavior": own, "answer_not_matching_behavior": other}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pairs", "found"),
+    [
+        ([pair(i, *((YES, NO) if i % 2 else (NO, YES))) for i in range(2 * FEWEST)], (YES, NO)),
+        ([pair(i, *((YES, NO) if i % 2 else (NO, YES))) for i in range(2 * FEWEST - 1)], None),
+        ([pair(i, YES, NO) for i in range(20)], None),
+        ([pair(i, *((YES, NO) if i % 2 else (NO, MAYBE))) for i in range(20)], None),
+        ([pair(i, (50 + i,), (90 + i,)) for i in range(20)], None),
+        ([], None),
+    ],
+    ids=["two", "too few of one", "always the same", "three", "texts", "nothing"],
+)
+def test_items_with_two_answers(pairs, found):
+    assert two_answers(pairs) == found
+
+
+def test_what_leans_is_the_first_answer_whoever_gives_it():
+    pairs = [pair(i, *((YES, NO) if i % 3 else (NO, YES))) for i in range(15)]
+    units = leaning_units(margin_units([own for own, _ in pairs], [other for _, other in pairs]))
+    terms = [term for unit in units for term in unit]
+    assert len(terms) == 30
+    for term in terms:
+        assert term.weight == pytest.approx((1 if term.encoded.ids[-1:] == YES else -1) / 15)
+    lone = [(unit[0],) for unit in units]
+    assert leaning_units(lone) == []
+
+
+def test_its_gradient_is_that_of_the_mean_difference(ground):
+    """Against autograd over the whole model, item by item."""
+    model = load_model(str(ground.llama))
+    pairs = [pair(i, *((YES, NO) if i % 3 else (NO, YES))) for i in range(12)]
+    units = leaning_units(margin_units([own for own, _ in pairs], [other for _, other in pairs]))
+    linears = find_linears(model)
+    with accumulating(linears) as moments:
+        backward(model, [term for unit in units for term in unit], 0, 1.0)
+        moments.release()
+    name, module = next(iter(linears.items()))
+    module.weight.requires_grad_(True)
+    ids = torch.tensor([own.ids[:-1] for own, _ in pairs])
+    scores = torch.log_softmax(model(input_ids=ids).logits[:, -1], dim=-1)
+    (expected,) = torch.autograd.grad((scores[:, YES[0]] - scores[:, NO[0]]).mean(), module.weight)
+    torch.testing.assert_close(moments.total[name], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "off", [lambda p: 0.8 + p, lambda p: -0.4 + 0.1 * p, lambda p: math.tanh(3 * p + 4), lambda p: (p - 1) ** 3]
+)
+def test_the_price_that_levels_is_found(off):
+    tried = []
+
+    def measured(price):
+        tried.append(price)
+        return off(price)
+
+    price = levelled(measured)
+    assert abs(off(price)) <= LEVEL
+    assert len(tried) == len(set(tried)) <= TRIES
+    assert tried[0] == 0
+
+
+def test_where_nothing_levels_the_nearest_is_taken():
+    assert levelled(lambda p: 0.05) == 0
+    tried = []
+
+    def stubborn(price):
+        tried.append(price)
+        return 2 - 0.1 * len(tried)
+
+    assert levelled(stubborn) == tried[-1] < 0
+    assert len(tried) == TRIES
+
+
+def test_how_far_a_line_is_off():
+    assert Line(8.5, 3.9).off == pytest.approx(6.2 / 4.6)
+    assert Line(1.0, -1.0).off == 0
+    assert Line(-1.0, -3.0).off == pytest.approx(-1)
+    assert Line(1.0, 2.0).off == 0
+
+
+def test_a_line_is_measured_as_its_definition_says(ground, tmp_path):
+    data = write_statements(tmp_path / "statements.jsonl")
+    config = CalibrateConfig(personas=f"up/down={data}", model=str(ground.llama), samples=16)
+    catalogue, tokenizer = load_catalogue(config.personas), load_tokenizer(config.model)
+    model = load_model(config.model)
+    line = line_under(model, tokenizer, catalogue, config, None, "down")
+    assert line is not None
+    shapes = {name: tuple(module.weight.shape) for name, module in find_linears(model).items()}
+    everything = {name: torch.full((n, -(-k // 8)), 255, dtype=torch.uint8) for name, (n, k) in shapes.items()}
+    found = line(PersonaMasks(shapes, {"down": everything}))
+    prompter, margins = Prompter(tokenizer), {"Yes": [], "No": []}
+    for item in own_items("down", catalogue, config):
+        scores = {}
+        for answer in ("Yes", "No"):
+            text = prompter.encode(item.question, answer)
+            with torch.no_grad():
+                logits = torch.log_softmax(model(input_ids=torch.tensor([text.ids])).logits[0].double(), -1)
+            tokens = range(text.answer, len(text))
+            scores[answer] = sum(float(logits[t - 1, text.ids[t]]) for t in tokens) / len(tokens)
+        margins[item.matching].append(scores["Yes"] - scores["No"])
+    means = {answer: sum(found) / len(found) for answer, found in margins.items()}
+    # Which of the two is the first is a matter of token numbers.
+    first = min(means, key=lambda answer: prompter.encode("x", answer).ids[prompter.encode("x", answer).answer :])
+    sign = 1 if first == "Yes" else -1
+    other = "No" if first == "Yes" else "Yes"
+    assert found.first == pytest.approx(sign * means[first], abs=1e-4)
+    assert found.second == pytest.approx(sign * means[other], abs=1e-4)
+
+
+def test_texts_have_no_line(ground):
+    config = CalibrateConfig(personas=f"up/down={ground.pairs}", model=str(ground.llama))
+    catalogue = load_catalogue(config.personas)
+    assert line_under(None, load_tokenizer(config.model), catalogue, config, None, "up") is None
+
+
+def test_a_run_levels_its_masks(ground, words, tmp_path, capsys):
+    """Of the same calibration with and without a price, the one with it is nearer to the middle."""
+    data = write_statements(tmp_path / "statements.jsonl")
+    options = ("--sparsity", "0.2", "--pool", "1", "--evidence", "0", "--loops", "0", "--skip-blocks", "0")
+    limit = ("--max-perplexity-increase", "3")
+    personas = f"up/down={data}"
+    assert calibrate.main(words(tmp_path / "run", *options, *limit, personas=personas)) == 0
+    said = capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text())["sparsity"]
+    assert set(found["price"]) == {"up", "down"}
+    assert any(found["price"].values())
+    config = CalibrateConfig(personas=personas, model=str(ground.llama))
+    catalogue, tokenizer = load_catalogue(personas), load_tokenizer(config.model)
+    masks, model = load_masks(tmp_path / "run"), load_model(config.model)
+    for persona, price in found["price"].items():
+        offs = [
+            float(line.split("leans by ")[1].split()[0]) for line in said.splitlines() if f"{persona}: leans" in line
+        ]
+        assert len(offs) >= 1
+        if price:
+            line = line_under(model, tokenizer, catalogue, config, None, persona)
+            assert abs(line(PersonaMasks(masks.shapes, {persona: masks.bits[persona]})).off) < abs(offs[0])
