@@ -2,7 +2,7 @@
 
 import test_triton_aot as cases
 from aot import TARGETS, compile_kernel
-from test_triton_aot import FLOATS, correction, linear, select, sparse, stats
+from test_triton_aot import FLOATS, correction, linear, nm, packing, select, sparse, stats, threshold
 
 
 def rows():
@@ -17,6 +17,13 @@ def rows():
     for kind, tiebreak in (("bf16", 0), ("fp32", 1)):
         kernel, arguments, warps = cases.select_arguments(kind, 65536, bool(tiebreak))
         yield f"selection, {kind}, streamed{', tiebreak' * tiebreak}", kernel, arguments, warps
+    for m in (4, 8):
+        yield f"selection, bf16, groups of {m}", nm._nm_kernel, cases.nm_arguments("bf16", m), 4
+    for stage, what in (("digits", "digits"), ("equal", "equal scores"), ("threshold", "written")):
+        kernel = getattr(threshold, f"_{stage}_kernel")
+        yield f"threshold, {what}", kernel, cases.threshold_arguments(stage), 4
+    for way in ("pack", "unpack"):
+        yield f"{way} bits", getattr(packing, f"_{way}_kernel"), cases.packing_arguments(), 4
     for kind in ("bf16", "fp32"):
         blocks, warps = cases.with_warps(linear.ROW_BLOCK)
         yield f"product, row, {kind}", linear._row_kernel, cases.linear_arguments(kind) | blocks, warps

@@ -1,11 +1,15 @@
 """What the kernels tests compare with, written without the code under test: numpy and loops in float64."""
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+"""The backend that Triton's interpreter adds on the CPU."""
 
 
 def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import packed, strided
+from oracles import INTERPRETED, packed, strided
 from torch.library import opcheck
 
 from kernels import mask_select_global, mask_select_threshold, native
@@ -25,10 +25,15 @@ def best(scores, keep):
     return [packed(part.view(matrix.shape)) for part, matrix in zip(parts, scores, strict=True)]
 
 
-@pytest.fixture(params=["reference", *native.instruction_sets()])
+@pytest.fixture(params=["reference", *INTERPRETED, *native.instruction_sets()])
 def backend(request):
     if request.param == "reference":
         yield reference.mask_select_global_reference, reference.mask_select_threshold_reference
+        return
+    if request.param == "triton":
+        from kernels.ops.mask_select_global import triton
+
+        yield triton.mask_select_global_triton, triton.mask_select_threshold_triton
         return
     before = torch.ops.persona_native.instruction_set()
     native.use_instruction_set(request.param)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import DTYPES, packed, strided
+from oracles import DTYPES, INTERPRETED, packed, strided
 from torch.library import opcheck
 
 from kernels import mask_select_nm, native
@@ -23,10 +23,15 @@ def best(scores, n, m):
     return mask
 
 
-@pytest.fixture(params=["reference", *native.instruction_sets()])
+@pytest.fixture(params=["reference", *INTERPRETED, *native.instruction_sets()])
 def select(request):
     if request.param == "reference":
         yield mask_select_nm_reference
+        return
+    if request.param == "triton":
+        from kernels.ops.mask_select_nm.triton import mask_select_nm_triton
+
+        yield mask_select_nm_triton
         return
     before = torch.ops.persona_native.instruction_set()
     native.use_instruction_set(request.param)

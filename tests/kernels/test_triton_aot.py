@@ -15,7 +15,10 @@ from aot import TARGETS, compile_kernel
 from kernels.ops.activation_stats import triton as stats
 from kernels.ops.correction_linear import triton as correction
 from kernels.ops.mask_select import triton as select
+from kernels.ops.mask_select_global import triton as threshold
+from kernels.ops.mask_select_nm import triton as nm
 from kernels.ops.masked_linear import triton as linear
+from kernels.ops.pack_bits import triton as packing
 from kernels.ops.sparse_linear import triton as sparse
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -66,6 +69,33 @@ def select_arguments(kind, columns, tiebreak):
             **{"FUSED": not tiebreak, "KEY": tl.uint64 if tiebreak else tl.uint32, "BLOCK": block},
         },
         warps,
+    )
+
+
+def packing_arguments():
+    return {"mask_ptr": "*u8", "bits_ptr": "*u8", "K": "i32", "BLOCK": packing.BLOCK}
+
+
+def nm_arguments(kind, m):
+    return {
+        **{"score_ptr": f"*{kind}", "channel_ptr": "*fp32", "bits_ptr": "*u8", "bad_ptr": "*i32", "stride_sn": "i32"},
+        **{"stride_sk": 1, "stride_ck": 1, "K": "i32", "n": "i32?", "M": m, "BLOCK": packing.BLOCK},
+    }
+
+
+def threshold_arguments(stage, level=0):
+    shift = sum(threshold.DIGIT_BITS[level + 1 :])
+    given = {"score_ptr": "*fp32", "stride_sn": "i32", "stride_sk": 1, "K": "i32", "BLOCK": packing.BLOCK}
+    return (
+        given
+        | {
+            "digits": {
+                **{"count_ptr": "*i64", "bad_ptr": "*i32", "prefix": "i32?", "SHIFT": shift},
+                **{"BITS": threshold.DIGIT_BITS[level], "BINS": threshold.BINS},
+            },
+            "equal": {"count_ptr": "*i64", "threshold": "fp32"},
+            "threshold": {"room_ptr": "*i64", "bits_ptr": "*u8", "bad_ptr": "*i32", "threshold": "fp32", "TIES": True},
+        }[stage]
     )
 
 
@@ -145,6 +175,33 @@ def test_select(kind, columns, tiebreak, capability):
 
 
 @targets
+@pytest.mark.parametrize("way", ["pack", "unpack"])
+def test_packing(way, capability):
+    assert compile_kernel(getattr(packing, f"_{way}_kernel"), packing_arguments(), capability).spill == 0
+
+
+@targets
+@pytest.mark.parametrize(
+    ("kind", "m"), [("bf16", 4), ("fp32", 8), *[pytest.param("fp16", m, marks=slow) for m in (2, 4, 8)]]
+)
+def test_select_nm(kind, m, capability):
+    usage = compile_kernel(nm._nm_kernel, nm_arguments(kind, m), capability)
+    assert usage.spill == 0
+    assert "fma" not in usage.ptx
+    assert "ftz" not in usage.ptx
+
+
+@targets
+@pytest.mark.parametrize(("stage", "level"), [("digits", 0), ("digits", 2), ("equal", 0), ("threshold", 0)])
+def test_threshold(stage, level, capability):
+    kernel = getattr(threshold, f"_{stage}_kernel")
+    usage = compile_kernel(kernel, threshold_arguments(stage, level), capability)
+    assert usage.spill == 0
+    # Subnormal scores have an order too.
+    assert "ftz" not in usage.ptx
+
+
+@targets
 @pytest.mark.parametrize("kind", ["bf16", pytest.param("fp16", marks=slow), "fp32"])
 def test_linear_row(kind, capability):
     blocks, warps = with_warps(linear.ROW_BLOCK)
@@ -191,6 +248,12 @@ ONES = {
     "persona": (stats._persona_kernel, persona_arguments("*fp32"), ("sequences", "K")),
     "select": (*select_arguments("fp32", 1, False)[:2], ("K", "keep", "stride_sn")),
     "select streamed": (*select_arguments("fp32", 65536, True)[:2], ("keep",)),
+    "pack": (packing._pack_kernel, packing_arguments(), ("K",)),
+    "unpack": (packing._unpack_kernel, packing_arguments(), ("K",)),
+    "select of groups": (nm._nm_kernel, nm_arguments("fp32", 2), ("n", "stride_sn")),
+    "digits": (threshold._digits_kernel, threshold_arguments("digits", 2), ("K", "prefix", "stride_sn")),
+    "equal": (threshold._equal_kernel, threshold_arguments("equal"), ("K", "stride_sn")),
+    "threshold": (threshold._threshold_kernel, threshold_arguments("threshold"), ("K", "stride_sn")),
     "row": (linear._row_kernel, linear_arguments("fp16") | with_warps(linear.ROW_BLOCK)[0], ("M", "N", "K", "P")),
     "tile": (
         linear._tile_kernel,

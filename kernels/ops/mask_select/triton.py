@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops.mask_select.reference import mask_select_reference, mask_select_scores_reference
+from kernels.ops.pack_bits.triton import store_packed
 
 # The longest row of 32-bit keys that 16 warps hold without spilling; 32 warps have half the registers each.
 LONGEST_RESIDENT = 16384
@@ -26,7 +27,7 @@ def _ordered(value):
 
 
 @triton.jit
-def _load_keys(
+def load_keys(
     score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row, start, K,
     FUSED: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -55,22 +56,13 @@ def _with_bit(threshold, bit, KEY: tl.constexpr):
 
 
 @triton.jit
-def _store_packed(bits_ptr, start, K, kept, BLOCK: tl.constexpr):
-    """Eight columns a byte, the lowest column in the lowest bit; ``kept`` bool ``[BLOCK]`` begins at ``start``."""
-    groups = kept.to(tl.int32).reshape(BLOCK // 8, 8)
-    packed = tl.sum(groups << tl.arange(0, 8)[None, :], 1)
-    offsets = start // 8 + tl.arange(0, BLOCK // 8)
-    tl.store(bits_ptr + offsets, packed.to(tl.uint8), offsets < tl.cdiv(K, 8))
-
-
-@triton.jit
 def _resident_kernel(
     score_ptr, channel_ptr, tiebreak_ptr, bits_ptr, bad_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk,
     K, keep, FUSED: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row ``[K]`` of scores to a row ``[ceil(K / 8)]`` of packed bits; its keys stay in registers."""
     row = tl.program_id(0).to(tl.int64)
-    key, bad = _load_keys(
+    key, bad = load_keys(
         score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row, 0, K,
         FUSED, KEY, BLOCK,
     )  # fmt: skip
@@ -92,7 +84,7 @@ def _resident_kernel(
         equal = key == threshold
         room = keep - tl.sum((key > threshold).to(tl.int32))
         kept = (key > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    _store_packed(bits_ptr + row * tl.cdiv(K, 8), 0, K, kept & (key != 0), BLOCK)
+    store_packed(bits_ptr + row * tl.cdiv(K, 8), 0, K, kept & (key != 0), BLOCK)
 
 
 @triton.jit
@@ -112,7 +104,7 @@ def _streamed_kernel(
         candidate = _with_bit(threshold, bit, KEY)
         count = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, K, BLOCK):
-            key, _ = _load_keys(
+            key, _ = load_keys(
                 score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row,
                 start, K, FUSED, KEY, BLOCK,
             )  # fmt: skip
@@ -126,14 +118,14 @@ def _streamed_kernel(
     # After the last bit, the candidate refused last was the threshold plus 1: it counted the keys above.
     room = tl.where(reached == keep, K, keep - above)
     for start in range(0, K, BLOCK):
-        key, unordered = _load_keys(
+        key, unordered = load_keys(
             score_ptr, channel_ptr, tiebreak_ptr, stride_sn, stride_sk, stride_ck, stride_tn, stride_tk, row, start, K,
             FUSED, KEY, BLOCK,
         )  # fmt: skip
         bad |= unordered
         equal = ((key == threshold) & (key != 0)).to(tl.int32)
         kept = (key > threshold) | ((equal != 0) & (tl.cumsum(equal, 0) <= room))
-        _store_packed(bits_ptr, start, K, kept, BLOCK)
+        store_packed(bits_ptr, start, K, kept, BLOCK)
         room -= tl.sum(equal)
     if bad != 0:
         tl.store(bad_ptr, 1)

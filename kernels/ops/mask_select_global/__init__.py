@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backends, native
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.mask_select_global.cpp import mask_select_global_cpp, mask_select_threshold_cpp
 from kernels.ops.mask_select_global.reference import mask_select_global_reference, mask_select_threshold_reference
@@ -74,3 +74,7 @@ backends.register("mask_select_threshold", "reference", mask_select_threshold_re
 backends.register("mask_select_global", "reference", mask_select_global_reference)
 native.register("mask_select_threshold", mask_select_threshold_cpp)
 native.register("mask_select_global", mask_select_global_cpp)
+triton_backend.register(
+    "mask_select_threshold", "kernels.ops.mask_select_global.triton", "mask_select_threshold_triton"
+)
+triton_backend.register("mask_select_global", "kernels.ops.mask_select_global.triton", "mask_select_global_triton")

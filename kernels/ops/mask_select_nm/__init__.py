@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import backends, native
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.mask_select_nm.cpp import mask_select_nm_cpp
 from kernels.ops.mask_select_nm.reference import mask_select_nm_reference
@@ -48,3 +48,4 @@ def _(weight: Tensor, channel_score: Tensor, n: int, m: int) -> Tensor:
 
 backends.register("mask_select_nm", "reference", mask_select_nm_reference)
 native.register("mask_select_nm", mask_select_nm_cpp)
+triton_backend.register("mask_select_nm", "kernels.ops.mask_select_nm.triton", "mask_select_nm_triton")

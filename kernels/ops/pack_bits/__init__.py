@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import backends, native
+from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.pack_bits.cpp import pack_bits_cpp, unpack_bits_cpp
 from kernels.ops.pack_bits.reference import pack_bits_reference, unpack_bits_reference
@@ -47,3 +47,5 @@ backends.register("pack_bits", "reference", pack_bits_reference)
 backends.register("unpack_bits", "reference", unpack_bits_reference)
 native.register("pack_bits", pack_bits_cpp)
 native.register("unpack_bits", unpack_bits_cpp)
+triton_backend.register("pack_bits", "kernels.ops.pack_bits.triton", "pack_bits_triton")
+triton_backend.register("unpack_bits", "kernels.ops.pack_bits.triton", "unpack_bits_triton")
