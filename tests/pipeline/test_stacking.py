@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.ops.pack_bits import unpack_bits
 from pipeline import calibrate, evaluate
 from pipeline.conditions import check
 from pipeline.controls import add_random
+from pipeline.criteria import Layer, Slopes, first_order
 from pipeline.data.catalogue import PersonaSet
 from pipeline.errors import UserError
 from pipeline.fingerprint import model_fingerprints
@@ -17,6 +19,7 @@ from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 from pipeline.sites import find_layers, matrix
 from pipeline.stacking import Base, base_files, base_masks, base_of, under
+from pipeline.stats import ChannelStats
 from pipeline.store import STATISTICS, load_masks, load_statistics
 
 PAIR = PersonaSet("up", "down", (), "test")
@@ -84,6 +87,26 @@ def test_other_criteria_give_nothing_back(words, half, tmp_path, criterion):
     for layer in below.shapes:
         for persona in ("up", "down"):
             assert not (above.mask(persona, layer) & ~below.mask("up", layer)).any()
+
+
+def test_what_is_given_back_is_chosen_by_the_same_rule():
+    """In every row, of what may go and what may come back, the most gain per damage; none against its gradient."""
+    generator = torch.Generator().manual_seed(3)
+    whole, margin = torch.randn(6, 40, generator=generator), torch.randn(6, 40, generator=generator)
+    below, zeros = torch.rand(6, 40, generator=generator) < 0.5, torch.zeros(6, 40)
+    stats = ChannelStats(9.0, *[torch.ones(40, dtype=torch.float64)] * 6)
+    slopes = Slopes(margin, zeros, zeros, torch.ones(6, 40))
+    layer = Layer(
+        "a", whole * below, "up", stats, stats, 36, slopes=slopes, pool=1.0, absent=whole * ~below, below=below
+    )
+    kept = unpack_bits(first_order(layer), 40)
+    # To take a weight away changes the margin by -W g, to give it back by +W g.
+    gain = torch.where(below, -whole * margin, whole * margin)
+    worth = (gain / (whole**2 * 1.1)).masked_fill(gain <= 0, -torch.inf)
+    expected = torch.zeros_like(below).scatter_(1, worth.topk(4).indices, True)
+    assert torch.equal(kept ^ below, expected)
+    assert (kept & ~below).any()
+    assert (below & ~kept).any()
 
 
 def test_what_was_taken_comes_back(ground, half):
