@@ -83,8 +83,9 @@ class CalibrateConfig:
     personas: str = "dichotomies"
     """Comma-separated: "dichotomies" (the four shipped sets), "types" (the sixteen Myers-Briggs types), a shipped
     set's name such as introvert-extravert, a type such as INTJ, "characters" (a pirate, a butler, a detective and a
-    robot, each against the others), your own [PLUS[/MINUS]=]SOURCE, a CSV or JSON Lines file or a hub id,
-    voices:FILE, where one question has an answer by each persona, or roleagentbench:FOLDER (or hub id)."""
+    robot, each against the others) or one of them such as pirate, your own [PLUS[/MINUS]=]SOURCE, a CSV or JSON Lines
+    file or a hub id, voices:FILE, where one question has an answer by each persona, or roleagentbench:FOLDER (or hub
+    id)."""
     compose: str = ""
     """Comma-separated mixtures of measured personas, NAME[/OPPOSITE]=0.7*introvert+0.3*thinking; masks are then made
     for the mixtures (and types), not for their parts."""

@@ -31,6 +31,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 VOICES = "voices:"
 """Marks a file in which one question has an answer per persona."""
 
+CHARACTER_NAMES = ("pirate", "butler", "detective", "robot")
+"""The shipped voices."""
+
 ROLES = "roleagentbench:"
 """Marks a folder or hub id of RoleAgentBench's layout."""
 
@@ -89,7 +92,7 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
 
     ``personas`` is a comma-separated list of: ``dichotomies`` (the four shipped sets), ``types``
     (the sixteen types, united from them), a shipped set's name, a type such as ``INTJ``, or
-    ``characters`` (the four shipped voices), ``voices:FILE`` (a file of the voices form),
+    ``characters`` (the four shipped voices) or one of them such as ``pirate``, ``voices:FILE`` (a file of the voices form),
     ``roleagentbench:FOLDER`` (or hub id; the roles of its reactions), or
     ``[PLUS[/MINUS]=]SOURCE`` with a file or hub id of the user's own. ``compose`` adds mixtures,
     ``NAME[/OPPOSITE]=0.7*introvert+0.3*thinking``.
@@ -100,7 +103,7 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
             _add_sets(catalogue, *(shipped_set(name) for name in DICHOTOMIES))
         elif part in DICHOTOMIES:
             _add_sets(catalogue, shipped_set(part))
-        elif part == "characters" or part.startswith(VOICES):
+        elif part in ("characters", *CHARACTER_NAMES) or part.startswith(VOICES):
             _add_sets(catalogue, *_voices(part, strict, catalogue.problems))
         elif part.startswith(ROLES):
             _add_sets(catalogue, *_roles(part, strict, catalogue.problems))
@@ -198,7 +201,7 @@ def _voices(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
 
     voices = load_voices(part.removeprefix(VOICES), strict=strict) if part.startswith(VOICES) else shipped_characters()
     problems += voices.problems
-    return against_the_others(voices)
+    return [one for one in against_the_others(voices) if part not in CHARACTER_NAMES or one.plus == part]
 
 
 def _roles(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:

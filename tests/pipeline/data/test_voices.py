@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.data.catalogue import load_catalogue, persona_prompt
+from pipeline.data.catalogue import CHARACTER_NAMES, load_catalogue, persona_prompt
 from pipeline.data.voices import VoiceItem, against_the_others, character_prompt, load_voices, shipped_characters
 from pipeline.errors import UserError
 
@@ -155,6 +155,8 @@ def test_voices_on_the_command_line(write):
     shipped = load_catalogue("characters")
     assert [s.plus for s in shipped.sets] == list(shipped_characters().names)
     assert [len(s.split("calibration")) for s in shipped.sets] == [80] * 4
+    assert tuple(s.plus for s in shipped.sets) == CHARACTER_NAMES
+    assert load_catalogue("robot,pirate").sets == [s for n in ("robot", "pirate") for s in shipped.sets if s.plus == n]
     path = write("voices.jsonl", [row(n) for n in range(4)])
     own = load_catalogue(f"voices:{path}")
     assert own.opponents == {n: f"not-{n}" for n in row(0)["answers"]} | {f"not-{n}": n for n in row(0)["answers"]}
