@@ -92,8 +92,8 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
 
     ``personas`` is a comma-separated list of: ``dichotomies`` (the four shipped sets), ``types``
     (the sixteen types, united from them), a shipped set's name, a type such as ``INTJ``, or
-    ``characters`` (the four shipped voices) or one of them such as ``pirate``, ``voices:FILE`` (a file of the voices form),
-    ``roleagentbench:FOLDER`` (or hub id; the roles of its reactions), or
+    ``characters`` (the four shipped voices) or one of them such as ``pirate``, ``voices:FILE`` (a file
+    of the voices form), ``roleagentbench:FOLDER`` (or hub id; the roles of its reactions), or
     ``[PLUS[/MINUS]=]SOURCE`` with a file or hub id of the user's own. ``compose`` adds mixtures,
     ``NAME[/OPPOSITE]=0.7*introvert+0.3*thinking``.
     """
