@@ -54,30 +54,33 @@ def fit(
 ) -> Fitted:
     """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``, ``line`` is ``line_under``.
 
-    Where masks lean to one of two answers, they are levelled, and what they may remove is searched once more.
-    Where nothing is within the budget, UserError is raised if the user named it; the default one takes the least and
-    says so.
+    Masks that lean to one of two answers are levelled before their cost is measured. Where nothing is within the
+    budget, UserError is raised if the user named it; the default one takes the least and says so.
     """
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
-    one = largest_within(lambda factor: build(factor=factor), increase, config.budget, strict=named)
-    if line and gradients.leans(persona):
+    prices: dict[Decimal, float] = {}
+
+    def made(factor: Decimal) -> PersonaMasks:
+        if line is None or not gradients.leans(persona):
+            return build(factor=factor)
+        masks: dict[float, PersonaMasks] = {}
+        lines: dict[float, Line] = {}
 
         def off(price: float) -> float:
-            found = line(build(factor=one.factor, price=price) if price else one.masks)
-            note(
-                f"{persona}: leans by {found.off:+.2f} at a price of {price:g} ({found.first:+.2f}/{found.second:+.2f})"
-            )
-            return found.off
+            masks[price] = build(factor=factor, price=price)
+            lines[price] = line(masks[price])
+            return lines[price].off
 
-        price = levelled(off)
-        if price:
-            again = partial(build, price=price)
-            step = int(one.factor * STEPS)
-            one = largest_within(lambda factor: again(factor=factor), increase, config.budget, strict=named, first=step)
-            one = replace(one, price=price)
+        # The price of one factor is near that of another.
+        price = prices[factor] = levelled(off, next(reversed(prices.values()), 0.0))
+        one = lines[price]
+        note(f"{persona}: {factor} of the sparsity leans by {one.off:+.2f} ({one.first:+.1f}/{one.second:+.1f} nats)")
+        return masks[price]
+
+    one = largest_within(made, increase, config.budget, strict=named)
     note(f"{persona}: removes {one.factor} of the sparsity")
-    return one
+    return replace(one, price=prices.get(one.factor, 0.0))
 
 
 def largest_within(
@@ -86,15 +89,13 @@ def largest_within(
     limit: float,
     *,
     strict: bool = True,
-    first: int = FIRST,
 ) -> Fitted:
-    """The largest factor found in (0, 1] whose masks raise perplexity by at most ``limit``; ``first`` 64ths are tried
-    first.
+    """The largest factor found in (0, 1] whose masks raise perplexity by at most ``limit``.
 
     Cost need not rise with every weight; what is returned has been measured to hold. If nothing that was tried does,
     raises UserError, or without ``strict`` returns the smallest.
     """
-    low, high, best, step = 0, STEPS + 1, None, first
+    low, high, best, step = 0, STEPS + 1, None, FIRST
     costs: dict[int, float] = {}
     for _ in range(PROBES):
         factor = Decimal(step) / STEPS

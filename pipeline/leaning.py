@@ -17,9 +17,9 @@ from pipeline.objectives import Unit, WeightedAnswer
 
 FEWEST = 4
 """Items that each of the two answers has to be the persona's own in."""
-LEVEL, FIRST_PRICE, TRIES = 0.1, 0.5, 7
+LEVEL, FIRST_STEP, TRIES = 0.1, 0.25, 7
 """The line is in the middle when it is off by at most this part of the distance between the two kinds of items; the
-first price, in nats of margin for a nat of leaning, and how many are tried."""
+first step of the price, in nats of margin for a nat of leaning, and how many prices are tried."""
 
 Answer = tuple[int, ...]
 
@@ -94,19 +94,21 @@ def line_of(
     return measure
 
 
-def levelled(off: Callable[[float], float]) -> float:
-    """The price at which a mask's line is in the middle, or of those tried the nearest to it.
+def levelled(off: Callable[[float], float], start: float = 0.0) -> float:
+    """The price at which a mask's line is in the middle, or of those tried the nearest to it; ``start`` is tried first.
 
     ``off(price)`` measures ``Line.off``; it falls as the price falls, more or less steadily.
     """
-    tried = {0.0: off(0.0)}
-    price = -FIRST_PRICE if tried[0.0] > 0 else FIRST_PRICE
+    tried = {start: off(start)}
+    step = -FIRST_STEP if tried[start] > 0 else FIRST_STEP
+    price = start + step
     while len(tried) < TRIES and min(map(abs, tried.values())) > LEVEL:
         tried[price] = off(price)
         above = [one for one, value in tried.items() if value > 0]
         below = [one for one, value in tried.items() if value <= 0]
         if not above or not below:
-            price *= 2
+            step *= 2
+            price += step
             continue
         # The nearest on either side: between them a straight line, kept away from both ends.
         high, low = min(above, key=lambda one: tried[one]), max(below, key=lambda one: tried[one])

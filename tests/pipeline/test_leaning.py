@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pipeline import calibrate
+from pipeline import calibrate, shares
 from pipeline.budget import line_under, own_items
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
@@ -81,20 +81,21 @@ def test_its_gradient_is_that_of_the_mean_difference(ground):
     torch.testing.assert_close(moments.total[name], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.3, -1.0])
 @pytest.mark.parametrize(
     "off", [lambda p: 0.8 + p, lambda p: -0.4 + 0.1 * p, lambda p: math.tanh(3 * p + 4), lambda p: (p - 1) ** 3]
 )
-def test_the_price_that_levels_is_found(off):
+def test_the_price_that_levels_is_found(off, start):
     tried = []
 
     def measured(price):
         tried.append(price)
         return off(price)
 
-    price = levelled(measured)
+    price = levelled(measured, start)
     assert abs(off(price)) <= LEVEL
     assert len(tried) == len(set(tried)) <= TRIES
-    assert tried[0] == 0
+    assert tried[0] == start
 
 
 def test_where_nothing_levels_the_nearest_is_taken():
@@ -151,25 +152,24 @@ def test_texts_have_no_line(ground):
     assert line_under(None, load_tokenizer(config.model), catalogue, config, None, "up") is None
 
 
-def test_a_run_levels_its_masks(ground, words, tmp_path, capsys):
+def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch):
     """Of the same calibration with and without a price, the one with it is nearer to the middle."""
-    data = write_statements(tmp_path / "statements.jsonl")
-    options = ("--sparsity", "0.2", "--pool", "1", "--evidence", "0", "--loops", "0", "--skip-blocks", "0")
-    limit = ("--max-perplexity-increase", "3")
-    personas = f"up/down={data}"
-    assert calibrate.main(words(tmp_path / "run", *options, *limit, personas=personas)) == 0
-    said = capsys.readouterr().err
-    found = json.loads((tmp_path / "run" / "manifest.json").read_text())["sparsity"]
-    assert set(found["price"]) == {"up", "down"}
-    assert any(found["price"].values())
+    personas = f"up/down={write_statements(tmp_path / 'statements.jsonl')}"
+    options = ["--sparsity", "0.2", "--pool", "1", "--evidence", "0", "--loops", "0", "--skip-blocks", "0"]
+    options += ["--max-perplexity-increase", "3"]
+    assert calibrate.main(words(tmp_path / "level", *options, personas=personas)) == 0
+    monkeypatch.setattr(shares, "line_under", lambda *_: None)
+    assert calibrate.main(words(tmp_path / "plain", *options, personas=personas)) == 0
+    level, plain = (json.loads((tmp_path / n / "manifest.json").read_text())["sparsity"] for n in ("level", "plain"))
+    assert set(level["price"]) == {"up", "down"}
+    assert not any(plain["price"].values())
+    assert any(level["price"].values())
     config = CalibrateConfig(personas=personas, model=str(ground.llama))
-    catalogue, tokenizer = load_catalogue(personas), load_tokenizer(config.model)
-    masks, model = load_masks(tmp_path / "run"), load_model(config.model)
-    for persona, price in found["price"].items():
-        offs = [
-            float(line.split("leans by ")[1].split()[0]) for line in said.splitlines() if f"{persona}: leans" in line
+    catalogue, tokenizer, model = load_catalogue(personas), load_tokenizer(config.model), load_model(config.model)
+    for persona, price in level["price"].items():
+        line = line_under(model, tokenizer, catalogue, config, None, persona)
+        off = [
+            abs(line(PersonaMasks(masks.shapes, {persona: masks.bits[persona]})).off)
+            for masks in (load_masks(tmp_path / "level"), load_masks(tmp_path / "plain"))
         ]
-        assert len(offs) >= 1
-        if price:
-            line = line_under(model, tokenizer, catalogue, config, None, persona)
-            assert abs(line(PersonaMasks(masks.shapes, {persona: masks.bits[persona]})).off) < abs(offs[0])
+        assert off[0] < off[1] if price else off[0] == off[1]
