@@ -99,9 +99,9 @@ def test_a_budget_is_found_in_halves(words, tmp_path, monkeypatch, capsys):
     from pipeline import budget
     from pipeline.store import load_masks
 
-    monkeypatch.setattr(budget, "PROBE_TEXTS", 9)
+    monkeypatch.setattr(budget, "PROBE_TEXTS", 4)
     # The masks of one run, so that all that could differ is the search.
-    options = ("--samples", "6", "--sparsity", "0.3", "--criterion", "wanda", "--max-perplexity-increase", "0.02")
+    options = ("--samples", "4", "--sparsity", "0.3", "--criterion", "wanda", "--max-perplexity-increase", "0.02")
     assert calibrate.main(words(tmp_path / "whole", *options)) == 0
     failed = short_of_memory(monkeypatch, 2, 1)
     reused = ("--statistics", tmp_path / "whole")
