@@ -102,7 +102,8 @@ def levelled(off: Callable[[float], float], start: float = 0.0) -> float:
     tried = {start: off(start)}
     step = -FIRST_STEP if tried[start] > 0 else FIRST_STEP
     price = start + step
-    while len(tried) < TRIES and min(map(abs, tried.values())) > LEVEL:
+    # What does not rise with the price may lead back to one that was tried.
+    while price not in tried and len(tried) < TRIES and min(map(abs, tried.values())) > LEVEL:
         tried[price] = off(price)
         above = [one for one, value in tried.items() if value > 0]
         below = [one for one, value in tried.items() if value <= 0]

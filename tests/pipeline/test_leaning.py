@@ -98,6 +98,18 @@ def test_the_price_that_levels_is_found(off, start):
     assert tried[0] == start
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_the_search_ends_whatever_is_measured(seed):
+    generator, tried = torch.Generator().manual_seed(seed), []
+
+    def measured(price):
+        tried.append(price)
+        return float(torch.randint(-2, 3, (), generator=generator)) or math.nan if seed % 2 else (-1.0) ** len(tried)
+
+    assert levelled(measured) in tried
+    assert len(tried) == len(set(tried)) <= TRIES
+
+
 def test_where_nothing_levels_the_nearest_is_taken():
     assert levelled(lambda p: 0.05) == 0
     tried = []
