@@ -52,7 +52,8 @@ def fit(
     base: Base | None = None,
     line: Callable[[PersonaMasks], Line] | None = None,
 ) -> Fitted:
-    """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``, ``line`` is ``line_under``.
+    """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``; ``line`` is
+    ``line_under``, where it is known what the persona's answers lean to.
 
     Masks that lean to one of two answers are levelled before their cost is measured. Where nothing is within the
     budget, UserError is raised if the user named it; the default one takes the least and says so.
@@ -62,21 +63,23 @@ def fit(
     prices: dict[Decimal, float] = {}
 
     def made(factor: Decimal) -> PersonaMasks:
-        if line is None or not gradients.leans(persona):
+        if line is None:
             return build(factor=factor)
-        masks: dict[float, PersonaMasks] = {}
-        lines: dict[float, Line] = {}
+        best: list[tuple[PersonaMasks, Line]] = []
 
         def off(price: float) -> float:
-            masks[price] = build(factor=factor, price=price)
-            lines[price] = line(masks[price])
-            return lines[price].off
+            masks = build(factor=factor, price=price)
+            found = line(masks)
+            # As ``levelled`` decides; a model's masks are too large to keep all that are tried.
+            if not best or abs(found.off) < abs(best[0][1].off):
+                best[:] = [(masks, found)]
+            return found.off
 
         # The price of one factor is near that of another.
-        price = prices[factor] = levelled(off, next(reversed(prices.values()), 0.0))
-        one = lines[price]
+        prices[factor] = levelled(off, next(reversed(prices.values()), 0.0))
+        ((masks, one),) = best
         note(f"{persona}: {factor} of the sparsity leans by {one.off:+.2f} ({one.first:+.1f}/{one.second:+.1f} nats)")
-        return masks[price]
+        return masks
 
     one = largest_within(made, increase, config.budget, strict=named)
     note(f"{persona}: removes {one.factor} of the sparsity")

@@ -89,7 +89,8 @@ class BuildModule(Stage):
         weights.load(self.layers[piece][0])
         run = weights.model, self.stats, self.catalogue, self.config, self.gradients
         if self.config.budget:
-            one = fit(piece, *run, self.increase, weights.base, self.line(piece))
+            leans = self.gradients is not None and self.gradients.leans(piece)
+            one = fit(piece, *run, self.increase, weights.base, self.line(piece) if leans else None)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase), "price": repr(one.price)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:

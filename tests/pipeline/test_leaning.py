@@ -185,3 +185,13 @@ def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch):
             for masks in (load_masks(tmp_path / "level"), load_masks(tmp_path / "plain"))
         ]
         assert off[0] < off[1] if price else off[0] == off[1]
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "first-order-damage"])
+def test_other_criteria_have_a_budget_and_no_price(words, tmp_path, criterion):
+    """Nothing says what their answers lean to."""
+    personas = f"up/down={write_statements(tmp_path / 'statements.jsonl')}"
+    options = ("--criterion", criterion, "--sparsity", "0.2", "--pool", "1", "--max-perplexity-increase", "3")
+    assert calibrate.main(words(tmp_path / "run", *options, personas=personas)) == 0
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text())["sparsity"]
+    assert found["price"] == {"up": 0, "down": 0}
