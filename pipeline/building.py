@@ -132,11 +132,10 @@ def _untouched(
     """The layers, or of some, that ``base`` masks and nothing is ``chosen`` from: all personas' masks are its own."""
     if base is None:
         return
-    (below,) = base.masks.bits.values()
     for name, shape in base.masks.shapes.items():
         if name not in chosen and (not layers or name in layers):
             for persona in personas:
-                yield LayerMask(name, shape, persona, below[name])
+                yield LayerMask(name, shape, persona, base.masks.bits[base.persona][name])
 
 
 def shapes_of(

@@ -26,7 +26,7 @@ from pipeline.ranks import Ranks
 from pipeline.sharding import Sharded, load_sharded
 from pipeline.signals import told, unbroken
 from pipeline.sites import Site, check_causal, find_sites, measurable, probe
-from pipeline.stacking import Base, base_of
+from pipeline.stacking import Base, pruned
 from pipeline.state import check_files
 from pipeline.stats import ActivationStats
 from pipeline.store import save_statistics
@@ -67,8 +67,7 @@ class Stage(lightning.LightningModule):
             # Not a submodule: Lightning would move and cast it.
             object.__setattr__(self, "model", model)
         else:
-            model, self.base = load_model(self.config.model, dtype), base_of(self.config.on)
-            self.model = self.base.prune(model) if self.base else model
+            self.model, self.base = pruned(load_model(self.config.model, dtype), self.config.on)
 
 
 class StatisticsModule(Stage):

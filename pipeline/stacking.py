@@ -61,10 +61,16 @@ class Base:
                 weight.data.mul_(self.kept(name).to(weight.device))
 
 
-def base_of(on: str) -> Base | None:
-    """What ``--on`` names; None where it names nothing. Raises UserError."""
+def pruned(model: Any, on: str) -> tuple[Any, Base | None]:
+    """The model as the mask that ``--on`` names leaves it, and that mask; as it is, and None, where it names none.
+
+    Raises UserError.
+    """
     masks = base_masks(on)
-    return None if masks is None else Base(masks)
+    if masks is None:
+        return model, None
+    base = Base(masks)
+    return base.prune(model), base
 
 
 @contextmanager

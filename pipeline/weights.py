@@ -11,15 +11,14 @@ from pipeline.loading import load_model
 from pipeline.memory import is_out_of_memory
 from pipeline.shards import Shards
 from pipeline.sites import find_layers, matrix
-from pipeline.stacking import base_of
+from pipeline.stacking import pruned
 
 
 class WholeModel:
     """All weights of ``model`` are in memory, on the CPU at first; those that the mask ``on`` removes are zero."""
 
     def __init__(self, name: str, on: str) -> None:
-        model, self.base = load_model(name), base_of(on)
-        self.model = self.base.prune(model) if self.base else model
+        self.model, self.base = pruned(load_model(name), on)
 
     def part_of(self, layer: str) -> str:
         """The part of the model that ``load`` reads with this layer."""

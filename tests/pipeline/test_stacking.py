@@ -18,7 +18,7 @@ from pipeline.loading import load_model
 from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 from pipeline.sites import find_layers, matrix
-from pipeline.stacking import Base, base_files, base_masks, base_of, under
+from pipeline.stacking import Base, base_files, base_masks, pruned, under
 from pipeline.stats import ChannelStats
 from pipeline.store import STATISTICS, load_masks, load_statistics
 
@@ -68,7 +68,7 @@ def test_measured_on_the_pruned_model(ground, half, run):
     with torch.no_grad():
         for name, layer in layers.items():
             matrix(layer).copy_(matrix(layer) * masks.mask("up", name))
-    again = base_of(f"{half}:up").prune(load_model(str(ground.llama)))
+    again, _ = pruned(load_model(str(ground.llama)), f"{half}:up")
     assert model_fingerprints(find_layers(again)) == fingerprints
     for name, layer in find_layers(again).items():
         assert torch.equal(matrix(layer), matrix(layers[name]))
@@ -114,11 +114,10 @@ def test_what_was_taken_comes_back(ground, half):
     model = load_model(str(ground.llama))
     weights = {name: matrix(layer) for name, layer in find_layers(model).items()}
     whole = {name: weight.detach().clone() for name, weight in weights.items()}
-    base = base_of(f"{half}:up")
-    base.prune(model)
-    pruned = {name: weight.detach().clone() for name, weight in weights.items()}
+    _, base = pruned(model, f"{half}:up")
+    without = {name: weight.detach().clone() for name, weight in weights.items()}
     for name in base.masks.shapes:
-        assert torch.equal(pruned[name] + base.absent(name), whole[name])
+        assert torch.equal(without[name] + base.absent(name), whole[name])
         assert not base.absent(name)[base.kept(name)].any()
     ids = torch.arange(4).unsqueeze(0)
     with torch.no_grad():
@@ -131,7 +130,7 @@ def test_what_was_taken_comes_back(ground, half):
         with under(model, base.masks, base) as persona:
             torch.testing.assert_close(persona(input_ids=ids).logits, before)
     for name, weight in weights.items():
-        assert torch.equal(weight, pruned[name])
+        assert torch.equal(weight, without[name])
 
 
 def of_one(base: Base):
@@ -189,7 +188,7 @@ def test_which_mask(finished, half):
 
 def test_another_model_is_refused(ground, half):
     with pytest.raises(UserError, match="these masks were made for"):
-        base_of(f"{half}:up").prune(load_model(str(ground.gpt2)))
+        pruned(load_model(str(ground.gpt2)), f"{half}:up")
 
 
 def test_statistics_of_the_whole_model_are_refused(words, half, finished, tmp_path, capsys):

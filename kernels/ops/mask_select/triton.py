@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.ops.mask_select.cpp import new_bits
 from kernels.ops.mask_select.reference import mask_select_reference, mask_select_scores_reference
 from kernels.ops.pack_bits.triton import store_packed
 
@@ -156,7 +157,7 @@ def mask_select_scores_triton(scores: Tensor, keep: int, tiebreak: Tensor | None
 def _select(scores: Tensor, channel: Tensor | None, tiebreak: Tensor | None, keep: int) -> tuple[Tensor, bool]:
     """Packed bits, and whether a score or tiebreak was NaN or plus infinity (the one thing waited for)."""
     rows, columns = scores.shape
-    bits = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device=scores.device)
+    bits = new_bits(scores)
     if bits.numel() == 0:
         return bits, False
     bad = torch.zeros(1, dtype=torch.int32, device=scores.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.ops.mask_select.cpp import new_bits
 from kernels.ops.mask_select.reference import reject_unordered
-from kernels.ops.mask_select_global.digits import select_by_digits
+from kernels.ops.mask_select_global.digits import BINS, select_by_digits
 
 
 def mask_select_threshold_cpp(scores: Tensor, threshold: float, ties: int) -> Tensor:
@@ -24,7 +24,7 @@ def mask_select_global_cpp(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def _count(scores: Tensor, level: int, prefix: int) -> Tensor:
-    counts = torch.zeros(2048, dtype=torch.int64)
+    counts = torch.zeros(BINS, dtype=torch.int64)
     if torch.ops.persona_native.count_digits(scores, level, prefix, counts):
         reject_unordered("scores", scores)
     return counts

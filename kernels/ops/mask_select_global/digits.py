@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.ops.mask_select.cpp import new_bits
+
 DIGIT_BITS = (11, 11, 10)
-"""How the 32-bit key of a score is counted, the most significant digit first; as in threshold.h and triton.py."""
+"""How the 32-bit key of a score is counted, the most significant digit first; as in threshold.h."""
+BINS = 1 << max(DIGIT_BITS)
+"""Room for the counts of a digit."""
 
 
 def select_by_digits(
@@ -19,13 +23,13 @@ def select_by_digits(
     """``mask_select_global``: three passes of counting, one of writing.
 
     ``count(scores, level, prefix)``: how many scores whose key begins with ``prefix`` go on with each digit, int64
-    ``[2048]``; it rejects what has no order. ``select`` is ``mask_select_threshold``.
+    ``[BINS]``; it rejects what has no order. ``select`` is ``mask_select_threshold``.
     """
     key, room = 0, keep
     for level, bits in enumerate(DIGIT_BITS):
         counts = torch.stack([count(matrix, level, key) for matrix in scores])
         if keep == 0:
-            return [_nothing(matrix) for matrix in scores]
+            return [torch.zeros_like(new_bits(matrix)) for matrix in scores]
         # How many scores have a larger digit, for every digit; the threshold's is the first that leaves no room.
         total = counts.sum(0)
         larger = total.flip(0).cumsum(0).flip(0) - total
@@ -37,11 +41,6 @@ def select_by_digits(
         masks.append(select(matrix, threshold, min(room, equal)))
         room -= min(room, equal)
     return masks
-
-
-def _nothing(matrix: Tensor) -> Tensor:
-    rows, columns = matrix.shape
-    return torch.zeros(rows, (columns + 7) // 8, dtype=torch.uint8, device=matrix.device)
 
 
 def _score_of(key: int) -> float:

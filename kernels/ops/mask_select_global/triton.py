@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.ops.mask_select.cpp import new_bits
 from kernels.ops.mask_select.reference import reject_unordered
 from kernels.ops.mask_select.triton import load_keys
-from kernels.ops.mask_select_global.digits import DIGIT_BITS, select_by_digits
-from kernels.ops.pack_bits.triton import block_of, store_packed
-
-BINS = 1 << max(DIGIT_BITS)
+from kernels.ops.mask_select_global.digits import BINS, DIGIT_BITS, select_by_digits
+from kernels.ops.pack_bits.triton import block_of, over_blocks, store_packed
 
 
 @triton.jit
@@ -69,23 +68,18 @@ def _threshold_kernel(
 
 def mask_select_threshold_triton(scores: Tensor, threshold: float, ties: int) -> Tensor:
     """See ``kernels.ops.mask_select_global.mask_select_threshold``."""
-    rows, columns = scores.shape
-    bits = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device=scores.device)
+    bits = new_bits(scores)
     if bits.numel() == 0:
         return bits
+    rows, columns = scores.shape
     bad = torch.zeros(1, dtype=torch.int32, device=scores.device)
     threshold = float(torch.tensor(threshold, dtype=torch.float32))
-    block = block_of(columns)
-    grid = rows, triton.cdiv(columns, block)
-    room = None
-    with torch.cuda.device_of(scores):
-        if ties:
-            count = torch.empty(grid, dtype=torch.int64, device=scores.device)
-            _equal_kernel[grid](scores, count, *scores.stride(), columns, threshold, BLOCK=block, num_warps=4)
-            room = ties - (count.flatten().cumsum(0).view(grid) - count)
-        _threshold_kernel[grid](
-            scores, room, bits, bad, *scores.stride(), columns, threshold, TIES=ties > 0, BLOCK=block, num_warps=4
-        )
+    where, room = (*scores.stride(), columns, threshold), None
+    if ties:
+        count = torch.empty(rows, triton.cdiv(columns, block_of(columns)), dtype=torch.int64, device=scores.device)
+        over_blocks(_equal_kernel, rows, columns, scores, count, *where)
+        room = ties - (count.flatten().cumsum(0).view(count.shape) - count)
+    over_blocks(_threshold_kernel, rows, columns, scores, room, bits, bad, *where, TIES=ties > 0)
     if bad.item():
         reject_unordered("scores", scores)
     return bits
@@ -97,17 +91,13 @@ def mask_select_global_triton(scores: Sequence[Tensor], keep: int) -> list[Tenso
 
 
 def _count(scores: Tensor, level: int, prefix: int) -> Tensor:
-    rows, columns = scores.shape
     counts = torch.zeros(BINS, dtype=torch.int64, device=scores.device)
     if scores.numel() == 0:
         return counts
     bad = torch.zeros(1, dtype=torch.int32, device=scores.device)
-    block = block_of(columns)
-    with torch.cuda.device_of(scores):
-        _digits_kernel[(rows, triton.cdiv(columns, block))](
-            scores, counts, bad, *scores.stride(), columns, prefix,
-            SHIFT=sum(DIGIT_BITS[level + 1 :]), BITS=DIGIT_BITS[level], BINS=BINS, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    digit = {"SHIFT": sum(DIGIT_BITS[level + 1 :]), "BITS": DIGIT_BITS[level], "BINS": BINS}
+    arguments = scores, counts, bad, *scores.stride(), scores.shape[1], prefix
+    over_blocks(_digits_kernel, *scores.shape, *arguments, **digit)
     if bad.item():
         reject_unordered("scores", scores)
     return counts

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.ops.mask_select.cpp import new_bits
 from kernels.ops.mask_select.triton import load_keys
 from kernels.ops.mask_select_nm.reference import mask_select_nm_reference
-from kernels.ops.pack_bits.triton import block_of, store_packed
+from kernels.ops.pack_bits.triton import over_blocks, store_packed
 
 
 @triton.jit
@@ -33,16 +34,11 @@ def _nm_kernel(
 
 def mask_select_nm_triton(weight: Tensor, channel_score: Tensor, n: int, m: int) -> Tensor:
     """See ``kernels.ops.mask_select_nm``."""
-    rows, columns = weight.shape
-    bits = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device=weight.device)
+    bits = new_bits(weight)
     if bits.numel() == 0:
         return bits
     bad = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    block = block_of(columns)
-    with torch.cuda.device_of(weight):
-        _nm_kernel[(rows, triton.cdiv(columns, block))](
-            weight, channel_score, bits, bad, *weight.stride(), *channel_score.stride(), columns, n,
-            M=m, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    strides = *weight.stride(), *channel_score.stride()
+    over_blocks(_nm_kernel, *weight.shape, weight, channel_score, bits, bad, *strides, weight.shape[1], n, M=m)
     # The reference names the value in its error.
     return mask_select_nm_reference(weight, channel_score, n, m) if bad.item() else bits

@@ -1,6 +1,7 @@
 """Bit packing in Triton: a program packs or unpacks a block of a row."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -45,11 +46,20 @@ def block_of(columns: int) -> int:
     return min(max(triton.next_power_of_2(columns), 32), BLOCK)
 
 
+def over_blocks(kernel: Any, rows: int, columns: int, *arguments: Any, **constants: Any) -> None:
+    """Run ``kernel`` with a program for every ``block_of(columns)`` columns of every row, on the device of its first
+    argument."""
+    block = block_of(columns)
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(rows, triton.cdiv(columns, block))](*arguments, **constants, BLOCK=block, num_warps=4)
+
+
 def pack_bits_triton(mask: Tensor) -> Tensor:
     """See ``kernels.ops.pack_bits.pack_bits``."""
     *rows, columns = mask.shape
     bits = torch.empty(*rows, (columns + 7) // 8, dtype=torch.uint8, device=mask.device)
-    _launch(_pack_kernel, mask.contiguous().view(torch.uint8), bits, math.prod(rows), columns)
+    if bits.numel():
+        over_blocks(_pack_kernel, math.prod(rows), columns, mask.contiguous().view(torch.uint8), bits, columns)
     return bits
 
 
@@ -57,13 +67,6 @@ def unpack_bits_triton(bits: Tensor, columns: int) -> Tensor:
     """See ``kernels.ops.pack_bits.unpack_bits``."""
     *rows, _ = bits.shape
     mask = torch.empty(*rows, columns, dtype=torch.bool, device=bits.device)
-    _launch(_unpack_kernel, bits.contiguous(), mask.view(torch.uint8), math.prod(rows), columns)
+    if mask.numel():
+        over_blocks(_unpack_kernel, math.prod(rows), columns, bits.contiguous(), mask.view(torch.uint8), columns)
     return mask
-
-
-def _launch(kernel, source: Tensor, target: Tensor, rows: int, columns: int) -> None:
-    if target.numel() == 0:
-        return
-    block = block_of(columns)
-    with torch.cuda.device_of(source):
-        kernel[(rows, triton.cdiv(columns, block))](source, target, columns, BLOCK=block, num_warps=4)
