@@ -17,11 +17,18 @@ namespace {
 constexpr int kRowsTogether = 4;
 constexpr int kLine = 64;
 
+/// Rows of x that a strip meets together: their sums with four rows of the weight are to stay in registers.
+template <class V>
+constexpr int kRowsOfX = V::registers / 8;
+
 /// What a thread keeps beside the weight: the masks of this strip and of the next, and the sums.
 template <class V, class T>
 struct MaskedWork {
   static constexpr std::int64_t bytes = strip_columns<T>() / 8;
-  alignas(kLine) std::uint8_t bits[2][kMostRows][kRowsTogether][bytes];
+  struct Masks {
+    alignas(kLine) std::uint8_t bits[kMostRows][kRowsTogether][bytes];
+    std::uint8_t behind[kBitsBehind];
+  } masks[2];
   alignas(kLine) T rest[kRowsTogether][Product<V, T>::step];
   typename V::F sum[kMostRows][kRowsTogether];
 };
@@ -35,12 +42,14 @@ PERSONA_INLINE const std::uint8_t* bits_at(const MaskedArguments& a, std::int64_
   return a.mask[m].bits + n * a.mask[m].stride + k / 8;
 }
 
+/// The masks that lie `ahead` bytes behind those of a strip, into a cache: memory takes longer than a strip.
 template <int R>
 PERSONA_INLINE void fetch_bits(const MaskedArguments& a, std::int64_t m, std::int64_t count, Place p,
-                               std::int64_t apart) {
+                               std::int64_t apart, std::int64_t ahead) {
   for (std::int64_t c = m; c < m + count; ++c)
     for (int r = 0; r < R; ++r)
-      for (std::int64_t i = 0; i < p.width; i += 8 * kLine) __builtin_prefetch(bits_at(a, c, p.n + r * apart, p.k + i));
+      for (std::int64_t i = 0; i < p.width; i += 8 * kLine)
+        __builtin_prefetch(bits_at(a, c, p.n + r * apart, p.k + i) + ahead);
 }
 
 /// The masks of a strip, followed by zeros up to a whole step.
@@ -61,44 +70,49 @@ PERSONA_INLINE void copy_bits(const MaskedArguments& a, std::int64_t m, std::int
 
 /// Adds the products of `R` rows of the weight and `C` rows of x. `bits` are the masks of the first of these, each
 /// row's `MaskedWork::bytes` behind the one before.
-template <class V, class T, int R, int C, bool shared, bool fetch, class Bits>
+template <class V, class T, int R, int C, bool shared, bool soft, bool fetch, class Bits>
 PERSONA_INLINE void add_strip(const T* const* weight, const typename Product<V, T>::X* x, std::int64_t x_stride,
                               const Bits* bits, std::int64_t offset, std::int64_t columns, float gamma,
                               typename V::F (*sum)[kRowsTogether]) {
   using P = Product<V, T>;
+  const auto pick = [&](int c, int r, std::int64_t k, typename P::W kept) {
+    return P::pick(bits[c][r] + (offset + k) / 8, kept, soft ? P::scale(kept, gamma) : P::none());
+  };
   typename V::F local[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) local[c][r] = sum[c][r];
-  for (std::int64_t k = 0; k < columns; k += P::step)
+  for (std::int64_t k = 0; k < columns; k += P::step) {
+    typename P::W kept[R];
     for (int r = 0; r < R; ++r) {
-      const auto kept = P::load(weight[r] + k);
+      kept[r] = P::load(weight[r] + k);
       if constexpr (fetch) __builtin_prefetch(weight[r] + k + strip_columns<T>());
-      const auto removed = gamma == 0 ? P::none() : P::scale(kept, gamma);
-      const auto common = P::pick(bits[0][r] + (offset + k) / 8, kept, removed);
-      for (int c = 0; c < C; ++c) {
-        const auto w = shared || c == 0 ? common : P::pick(bits[c][r] + (offset + k) / 8, kept, removed);
+      if (shared) kept[r] = pick(0, r, k, kept[r]);
+    }
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) {
+        const auto w = shared ? kept[r] : pick(c, r, k, kept[r]);
         local[c][r] = P::multiply_add(w, x + c * x_stride + k, local[c][r]);
       }
-    }
+  }
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) sum[c][r] = local[c][r];
 }
 
 /// One strip against `C` rows of x, from row m on.
-template <class V, class T, int R, int C, bool shared>
+template <class V, class T, int R, int C, bool shared, bool soft>
 PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, Place p, std::int64_t apart, int turn,
                                   MaskedWork<V, T>& work) {
   using P = Product<V, T>;
   const std::int64_t whole = p.width / P::step * P::step, x_stride = padded_steps(p.width);
   const auto* x = static_cast<const typename P::X*>(a.x) + p.k * a.rows + m * x_stride;
-  const auto* bits = work.bits[turn] + (shared ? 0 : m);
+  const auto* bits = work.masks[turn].bits + (shared ? 0 : m);
   const T* weight[R];
   for (int r = 0; r < R; ++r)
     weight[r] = static_cast<const T*>(a.weight.data) + (p.n + r * apart) * a.weight.stride[0] + p.k;
   if (m == 0)
-    add_strip<V, T, R, C, shared, true>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
+    add_strip<V, T, R, C, shared, soft, true>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
   else
-    add_strip<V, T, R, C, shared, false>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
+    add_strip<V, T, R, C, shared, soft, false>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
   if (whole == p.width) return;
   // The last columns, continued by zeros: nothing behind a row is read.
   for (int r = 0; r < R; ++r) {
@@ -106,17 +120,17 @@ PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, Plac
     std::memcpy(work.rest[r], weight[r] + whole, static_cast<std::size_t>(p.width - whole) * sizeof(T));
     weight[r] = work.rest[r];
   }
-  add_strip<V, T, R, C, shared, false>(weight, x + whole, x_stride, bits, whole, P::step, a.gamma, work.sum + m);
+  add_strip<V, T, R, C, shared, soft, false>(weight, x + whole, x_stride, bits, whole, P::step, a.gamma, work.sum + m);
 }
 
 /// One strip against rows m to m + C of x, meanwhile the masks of the next strip for them.
-template <class V, class T, int R, int C, bool shared>
+template <class V, class T, int R, int C, bool shared, bool soft>
 PERSONA_INLINE void turn_of(const MaskedArguments& a, std::int64_t m, Place p, Place next, std::int64_t apart, int turn,
                             MaskedWork<V, T>& work) {
   const std::int64_t masks = shared ? (m == 0 ? 1 : 0) : C;
-  fetch_bits<R>(a, m, masks, next, apart);
-  add_rows_of_x<V, T, R, C, shared>(a, m, p, apart, turn, work);
-  if (next.width > 0) copy_bits<R>(a, m, masks, next, apart, work.bits[1 - turn]);
+  fetch_bits<R>(a, m, masks, next, apart, 2 * MaskedWork<V, T>::bytes);
+  add_rows_of_x<V, T, R, C, shared, soft>(a, m, p, apart, turn, work);
+  if (next.width > 0) copy_bits<R>(a, m, masks, next, apart, work.masks[1 - turn].bits);
 }
 
 template <class V, class T, int R>
@@ -133,8 +147,21 @@ PERSONA_INLINE void write(const MaskedArguments& a, std::int64_t n, std::int64_t
   }
 }
 
+/// The lists of the removed weights of these rows, into a cache: a short piece of a list far away for every row.
+template <int R>
+PERSONA_INLINE void fetch_lists(const MaskedArguments& a, std::int64_t n, std::int64_t apart) {
+  for (std::int64_t m = 0; m < a.rows; ++m) {
+    const RemovedRows& removed = a.removed[m];
+    if (removed.offsets == nullptr) continue;
+    for (int r = 0; r < R; ++r) {
+      const std::int64_t row = n + r * apart, end = removed.offsets[row + 1];
+      for (std::int64_t i = removed.offsets[row]; i < end; i += kLine / 2) __builtin_prefetch(removed.columns + i);
+    }
+  }
+}
+
 /// Rows `first` to `last` of the weight, each with the `R - 1` others that lie `apart` rows behind it.
-template <class V, class T, int R, bool shared>
+template <class V, class T, int R, bool shared, bool soft>
 void weight_rows(const MaskedArguments& a, std::int64_t first, std::int64_t last, std::int64_t apart,
                  MaskedWork<V, T>& work) {
   constexpr std::int64_t strip = strip_columns<T>();
@@ -143,32 +170,39 @@ void weight_rows(const MaskedArguments& a, std::int64_t first, std::int64_t last
     return Place{n, k, n == last ? 0 : columns - k < strip ? columns - k : strip};
   };
   Place p = place(first, 0);
-  if (p.width > 0) copy_bits<R>(a, 0, shared ? 1 : a.rows, p, apart, work.bits[0]);
+  if (p.width > 0) copy_bits<R>(a, 0, shared ? 1 : a.rows, p, apart, work.masks[0].bits);
   for (int turn = 0; p.n < last; turn = 1 - turn) {
-    if (p.k == 0)
+    if (p.k == 0) {
       for (std::int64_t m = 0; m < a.rows; ++m)
         for (int r = 0; r < R; ++r) work.sum[m][r] = V::broadcast(0);
+      if (a.removed != nullptr) fetch_lists<R>(a, p.n, apart);
+    }
     const bool ends = p.k + p.width == columns;
     const Place next = ends ? place(p.n + 1, 0) : place(p.n, p.k + p.width);
     std::int64_t m = 0;
-    for (; m + 4 <= a.rows; m += 4) turn_of<V, T, R, 4, shared>(a, m, p, next, apart, turn, work);
-    for (; m < a.rows; ++m) turn_of<V, T, R, 1, shared>(a, m, p, next, apart, turn, work);
+    constexpr int C = kRowsOfX<V>;
+    for (; m + C <= a.rows; m += C) turn_of<V, T, R, C, shared, soft>(a, m, p, next, apart, turn, work);
+    for (; m < a.rows; ++m) turn_of<V, T, R, 1, shared, soft>(a, m, p, next, apart, turn, work);
     if (ends) write<V, T, R>(a, p.n, apart, work);
     p = next;
   }
 }
 
-template <class V, class T, bool shared>
+template <class V, class T, bool shared, bool soft>
 void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t last) {
   MaskedWork<V, T> work;
   const std::int64_t quarter = (last - first) / kRowsTogether, rest = first + kRowsTogether * quarter;
-  weight_rows<V, T, kRowsTogether, shared>(a, first, first + quarter, quarter, work);
-  weight_rows<V, T, 1, shared>(a, rest, last, 0, work);
+  weight_rows<V, T, kRowsTogether, shared, soft>(a, first, first + quarter, quarter, work);
+  weight_rows<V, T, 1, shared, soft>(a, rest, last, 0, work);
 }
 
 template <class V, class T>
 void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t last) {
-  return a.shared ? masked_linear_of<V, T, true>(a, first, last) : masked_linear_of<V, T, false>(a, first, last);
+  if (a.gamma == 0)
+    a.shared ? masked_linear_of<V, T, true, false>(a, first, last)
+             : masked_linear_of<V, T, false, false>(a, first, last);
+  else
+    a.shared ? masked_linear_of<V, T, true, true>(a, first, last) : masked_linear_of<V, T, false, true>(a, first, last);
 }
 
 /// Rows `first` to `last` of the weight, columns `first` to `last` of y.

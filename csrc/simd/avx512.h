@@ -10,7 +10,7 @@ namespace {
 
 struct Avx512 {
   static constexpr const char* name = "avx512";
-  static constexpr int width = 16;
+  static constexpr int width = 16, registers = 32;
   using F = __m512;
   using I = __m512i;
 
@@ -82,6 +82,8 @@ struct Avx512 {
     std::memcpy(&word, bits, sizeof word);
     return word;
   }
+
+  static PERSONA_INLINE Gate quick_gate(const std::uint8_t* bits) { return gate(bits); }
 
   /// Lanes of `kept` where the gate's bit is set, else of `removed`.
   static PERSONA_INLINE F pick(Gate gate, F kept, F removed) { return _mm512_mask_mov_ps(removed, gate, kept); }

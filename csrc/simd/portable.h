@@ -8,7 +8,7 @@ namespace {
 
 struct Portable {
   static constexpr const char* name = "portable";
-  static constexpr int width = 8;
+  static constexpr int width = 8, registers = 16;
 
   struct F {
     float lane[width];
@@ -81,6 +81,8 @@ struct Portable {
   /// `width` bits of a packed mask.
   using Gate = std::uint8_t;
   static PERSONA_INLINE Gate gate(const std::uint8_t* bits) { return *bits; }
+
+  static PERSONA_INLINE Gate quick_gate(const std::uint8_t* bits) { return gate(bits); }
 
   /// Lanes of `kept` where the gate's bit is set, else of `removed`.
   static PERSONA_INLINE F pick(Gate gate, F kept, F removed) {

@@ -17,8 +17,9 @@ struct Product {
   static PERSONA_INLINE W scale(W w, float gamma) { return V::mul(w, V::broadcast(gamma)); }
   static PERSONA_INLINE W none() { return V::broadcast(0); }
 
+  /// See `kBitsBehind`.
   static PERSONA_INLINE W pick(const std::uint8_t* bits, W kept, W removed) {
-    return V::pick(V::gate(bits), kept, removed);
+    return V::pick(V::quick_gate(bits), kept, removed);
   }
 
   static PERSONA_INLINE W expand(const T* p, const std::uint8_t* bits) { return V::expand(p, bits); }
@@ -28,6 +29,9 @@ struct Product {
     return V::multiply_add(w, V::load(x), sum);
   }
 };
+
+/// Bytes behind a step's mask bits that `Product::pick` may read, and does not heed.
+constexpr int kBitsBehind = 3;
 
 /// x is kept in rows of whole steps of every product.
 constexpr std::int64_t kStep = 32;
