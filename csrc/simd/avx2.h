@@ -8,18 +8,25 @@
 namespace persona {
 namespace {
 
-/// For every mask byte: how many of its bits are set in front of each bit.
+/// For every mask byte, where 8 lanes find their values among those that are kept.
 struct Expansion {
+  /// How many bits are set in front of each bit; its sign where it is not set.
   std::uint8_t source[256][8];
+  /// Bytes of 16-bit values in the upper halves of 32-bit lanes, and -1 where there is to be a zero.
+  std::uint8_t upper[256][32];
 
-  constexpr Expansion() : source{} {
+  constexpr Expansion() : source{}, upper{} {
     for (int byte = 0; byte < 256; ++byte)
-      for (int i = 0, before = 0; i < 8; before += (byte >> i++) & 1)
-        source[byte][i] = static_cast<std::uint8_t>(before);
+      for (int i = 0, before = 0; i < 8; before += (byte >> i++) & 1) {
+        const bool kept = (byte >> i) & 1;
+        source[byte][i] = static_cast<std::uint8_t>(before | (kept ? 0 : 0x80));
+        for (int j = 0; j < 4; ++j)
+          upper[byte][4 * i + j] = static_cast<std::uint8_t>(kept && j >= 2 ? 2 * before + j - 2 : 0xff);
+      }
   }
 };
 
-constexpr Expansion expansion;
+alignas(64) constexpr Expansion expansion;
 
 struct Avx2 {
   static constexpr const char* name = "avx2";
@@ -116,8 +123,14 @@ struct Avx2 {
   template <class T>
   static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {
     const __m128i source = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(expansion.source[*bits]));
-    const F spread = _mm256_permutevar8x32_ps(load(p), _mm256_cvtepu8_epi32(source));
-    return _mm256_and_ps(spread, _mm256_castsi256_ps(gate(bits)));
+    const __m256i lanes = _mm256_cvtepi8_epi32(source);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(p), lanes), _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+  }
+
+  static PERSONA_INLINE F expand(const bf16* p, const std::uint8_t* bits) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(expansion.upper[*bits]));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, places));
   }
 
   static PERSONA_INLINE int count_bits(const std::uint8_t* bits) { return __builtin_popcount(*bits); }

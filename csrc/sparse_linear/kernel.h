@@ -18,9 +18,9 @@ struct SparseRows {
   const std::uint8_t* bits[R];
 };
 
-/// Adds the products of `R` rows of the weight with `C` rows of x, and moves on. A mask with more bits than the
-/// weight has values reads `last`, never what lies behind it.
-template <class V, class T, int R, int C, bool fetch>
+/// Adds the products of `R` rows of the weight with `C` rows of x, and moves on. With `guarded`, a mask with more bits
+/// than the weight has values reads `last`, never what lies behind it.
+template <class V, class T, int R, int C, bool fetch, bool guarded>
 PERSONA_INLINE void add_sparse(SparseRows<T, R>& rows, const T* last, const typename Product<V, T>::X* x,
                                std::int64_t x_stride, std::int64_t columns, typename V::F (*sum)[4]) {
   using P = Product<V, T>;
@@ -32,7 +32,7 @@ PERSONA_INLINE void add_sparse(SparseRows<T, R>& rows, const T* last, const type
       const auto w = P::expand(rows.value[r], rows.bits[r] + k / 8);
       if constexpr (fetch) __builtin_prefetch(rows.value[r] + strip_columns<T>());
       rows.value[r] += P::count_bits(rows.bits[r] + k / 8);
-      rows.value[r] = rows.value[r] < last ? rows.value[r] : last;
+      if constexpr (guarded) rows.value[r] = rows.value[r] < last ? rows.value[r] : last;
       for (int c = 0; c < C; ++c) local[c][r] = P::multiply_add(w, x + c * x_stride + k, local[c][r]);
     }
   for (int c = 0; c < C; ++c)
@@ -47,10 +47,15 @@ PERSONA_INLINE void sparse_strip(const SparseArguments& a, SparseRows<T, R>& row
   const std::int64_t whole = width / P::step * P::step, x_stride = padded_steps(width);
   const auto* x = static_cast<const typename P::X*>(a.x) + k * a.rows + m * x_stride;
   const T* last = static_cast<const T*>(a.weight.values) + a.weight.offsets[a.weight.rows];
-  if (m == 0)
-    add_sparse<V, T, R, C, true>(rows, last, x, x_stride, whole, sum + m);
+  // Only the last values of all can run out within this strip.
+  bool guarded = false;
+  for (int r = 0; r < R; ++r) guarded |= last - rows.value[r] < whole;
+  if (guarded)
+    add_sparse<V, T, R, C, false, true>(rows, last, x, x_stride, whole, sum + m);
+  else if (m == 0)
+    add_sparse<V, T, R, C, true, false>(rows, last, x, x_stride, whole, sum + m);
   else
-    add_sparse<V, T, R, C, false>(rows, last, x, x_stride, whole, sum + m);
+    add_sparse<V, T, R, C, false, false>(rows, last, x, x_stride, whole, sum + m);
   if (whole == width) return;
   // The last bits, continued by zeros: nothing behind a row's mask is read.
   std::uint8_t rest[R][P::step / 8] = {};
@@ -58,7 +63,7 @@ PERSONA_INLINE void sparse_strip(const SparseArguments& a, SparseRows<T, R>& row
     std::memcpy(rest[r], rows.bits[r] + whole / 8, static_cast<std::size_t>((width - whole + 7) / 8));
     rows.bits[r] = rest[r];
   }
-  add_sparse<V, T, R, C, false>(rows, last, x + whole, x_stride, P::step, sum + m);
+  add_sparse<V, T, R, C, false, true>(rows, last, x + whole, x_stride, P::step, sum + m);
 }
 
 /// `R` rows of the weight, `apart` rows from one to the next.
