@@ -31,11 +31,16 @@ setup: $(VENV)/.installed  ## virtual environment, pinned dependencies, the proj
 model: setup  ## convert the embedded model into the user's cache (once, about half a minute)
 	@$(RUN) -m pipeline.embedded >/dev/null
 
-demo: model  ## calibrate one pair of personas on the embedded model, evaluate it, show two answers (a good ten minutes on 2 cores)
+# The pirate is a quick look: no drafts of its mask, and what it removes is given instead of found.
+demo: model  ## a pirate's voice, then one pair of personas calibrated, evaluated, two answers (a quarter of an hour on 2 cores)
+	$(RUN) -m pipeline.calibrate --personas pirate --samples 64 --loops 0 --sparsity 0.017 --max-perplexity-increase 0 \
+		--output $(DEMO)-pirate --overwrite
+	@printf '/compare %s\n' 'How do I learn to swim?' 'Is it worth learning to play the piano?' | \
+		$(RUN) -m pipeline.chat $(DEMO)-pirate --temperature 0.7 --max-new-tokens 60
 	$(RUN) -m pipeline.calibrate --personas judging-perceiving --samples 64 --output $(DEMO) --overwrite
 	$(RUN) -m pipeline.evaluate $(DEMO) --no-options --samples 24 --texts 12 --questions 2 --json $(DEMO)/evaluation.json
 	$(RUN) -m pipeline.report $(DEMO)
-	@echo "masks: $(DEMO)/masks   report: $(DEMO)/report.html   talk to it: $(RUN) -m pipeline.chat $(DEMO)"
+	@echo "masks: $(DEMO)/masks   report: $(DEMO)/report.html   talk to it: $(RUN) -m pipeline.chat $(DEMO), or $(DEMO)-pirate"
 
 test: model  ## the test suite (about 20 minutes on 2 cores)
 	$(TEST)

@@ -152,6 +152,13 @@ def test_what_cannot_be_asked(cast, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_one_character_is_asked_against_the_lines_of_all():
+    manifest = {"options": {"personas": "pirate"}, "masks": {"pirate": {}}, "personas": {"questions": {}}}
+    asked = roleplay.held_out_choices(manifest, RoleplayConfig("run", samples=5))
+    assert len(asked) == 5
+    assert all(set(choice.right) == {"pirate", "butler", "detective", "robot"} for choice in asked)
+
+
 def test_a_run_without_voices(finished, capsys):
     assert roleplay.main([str(finished)]) == 2
     assert "the run's personas are no voices" in capsys.readouterr().err
