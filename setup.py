@@ -28,8 +28,8 @@ FLAGS = [
     "-Wall",
     "-Wno-maybe-uninitialized",
 ]
-# The last flag: GCC would keep the pointers of four rows in one vector register, and the way there and back lies between
-# one step of a product and the next.
+# The last flag: GCC would keep the pointers of four rows in one vector register, and the way there and back lies
+# between one step of a product and the next.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-fno-tree-slp-vectorize"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTIONS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi2"]}

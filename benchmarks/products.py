@@ -17,8 +17,8 @@ OWN_DENSE = "own dense"
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    """Within a few roundings of the largest value, of which 4096 products added in two right orders in float32 differ by up
-    to 9 (accuracy itself is a matter of the tests)."""
+    """Within a few roundings of the largest value: by up to 9 of them 4096 products differ that are added in two right
+    orders in float32 (accuracy itself is a matter of the tests)."""
     error = (actual.double() - expected.double()).abs().max()
     return bool(error <= 16 * torch.finfo(actual.dtype).eps * expected.double().abs().max())
 
