@@ -42,7 +42,7 @@ demo: model  ## a pirate's voice, then one pair of personas calibrated, evaluate
 	$(RUN) -m pipeline.report $(DEMO)
 	@echo "masks: $(DEMO)/masks   report: $(DEMO)/report.html   talk to it: $(RUN) -m pipeline.chat $(DEMO), or $(DEMO)-pirate"
 
-test: model  ## the test suite (about 20 minutes on 2 cores)
+test: model  ## the test suite (about a quarter of an hour on 2 cores)
 	$(TEST)
 
 test-slow: model  ## the long tests too

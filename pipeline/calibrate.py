@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import note, parse, quiet_libraries, run
-from pipeline.config import CONTRASTIVE, FIRST_ORDER, WHITENED, CalibrateConfig
+from pipeline.config import CONTRASTIVE, FIRST_ORDER, READERS, WHITENED, CalibrateConfig
 from pipeline.errors import UserError
 from pipeline.signals import Stop, handled
 from pipeline.terminal import printable
@@ -49,6 +49,8 @@ def calibrate(config: CalibrateConfig) -> Path:
         _measure(config, catalogue, staging, writes=False)
         _build(config, catalogue, staging, writes=False)
         return config.output
+    for name in config.unread:
+        note(f"--{name} has no effect: {config.criterion} does not read it ({', '.join(READERS[name])} would)")
     for problem in catalogue.problems:
         note(f"left out: {problem}")
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Options of the command lines. The docstring under a field is its help text."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -29,6 +29,15 @@ SIGNED = ("target-shift", *FIRST_ORDER)
 """Criteria of ours: a sign says what may go, so a row may lose fewer weights than asked."""
 CONTRASTIVE = ("contrastive-wanda", "contrastive-sparse", *SIGNED)
 ACTIVATIONS = ("softplus", "relu")
+READERS = {
+    "activation": ("contrastive-wanda",),
+    "temperature": ("contrastive-wanda",),
+    "shift": ("target-shift",),
+    "pool": ("first-order", "first-order-damage", "first-order-pool"),
+    "evidence": (WHITENED,),
+    "loops": (WHITENED,),
+}
+"""By option of ``CalibrateConfig``, the criteria that read it, where not all do."""
 CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "base", "random", "rows", "others")
 """What ``pipeline.evaluate --conditions`` knows (``pipeline.conditions``)."""
 
@@ -216,6 +225,13 @@ class CalibrateConfig:
         self._check_strategy()
         if self.disjoint and self.criterion in ("random", "magnitude", "neutral", *SIGNED):
             raise UserError(f"--disjoint is for the paper's criteria, not {self.criterion!r}")
+
+    @property
+    def unread(self) -> list[str]:
+        """Options that were set and that the criterion does not read."""
+        default = {one.name: one.default for one in fields(self)}
+        set_here = [name for name in READERS if getattr(self, name) != default[name]]
+        return [name for name in set_here if self.criterion not in READERS[name]]
 
     def _check_stream(self) -> None:
         """Raise UserError for what a pass that never has the whole model in memory cannot do."""

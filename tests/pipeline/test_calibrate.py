@@ -160,6 +160,13 @@ def test_float64_sums_survive_bfloat16(words, finished, tmp_path):
         assert ((sums - exact.sums[name]).abs() <= 0.03 * exact.sums[name].abs().amax(2, keepdim=True)).all()
 
 
+def test_an_option_without_effect_is_told(words, tmp_path, capsys):
+    assert calibrate.main(words(tmp_path / "run", "--criterion", "wanda", "--samples", "4", "--shift", "2")) == 0
+    err = capsys.readouterr().err
+    assert "--shift has no effect: wanda does not read it (target-shift would)" in err
+    assert err.count("no effect") == 1
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "64-true"])
 def test_the_default_criterion_in_other_precisions(words, tmp_path, precision):
     """Rounding moves a few weights across the threshold; most of the mask stays.

@@ -168,6 +168,13 @@ BAD = {
 }
 
 
+def test_what_a_criterion_does_not_read_is_known():
+    assert CalibrateConfig(criterion="wanda", loops=0.1, pool=0.3, evidence=2.0).unread == ["evidence", "loops"]
+    assert CalibrateConfig(criterion="first-order-gate", pool=0.5).unread == ["pool"]
+    assert CalibrateConfig(criterion="contrastive-wanda", activation="relu", temperature=1.0).unread == []
+    assert CalibrateConfig(loops=0.0, pool=0.5, evidence=0.0).unread == []
+
+
 @pytest.mark.parametrize(("config", "name", "value"), [(c, n, v) for c, cases in BAD.items() for n, v in cases])
 def test_values_out_of_range_name_the_option(config, name, value):
     required = {} if config is CalibrateConfig else {"run": "folder"}
