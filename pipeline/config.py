@@ -1,7 +1,7 @@
 """Options of the command lines. The docstring under a field is its help text."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -229,8 +229,7 @@ class CalibrateConfig:
     @property
     def unread(self) -> list[str]:
         """Options that were set and that the criterion does not read."""
-        default = {one.name: one.default for one in fields(self)}
-        set_here = [name for name in READERS if getattr(self, name) != default[name]]
+        set_here = [name for name in READERS if getattr(self, name) != getattr(CalibrateConfig, name)]
         return [name for name in set_here if self.criterion not in READERS[name]]
 
     def _check_stream(self) -> None:

@@ -56,13 +56,11 @@ def held_out_choices(manifest: dict[str, Any], config: RoleplayConfig) -> list[A
 
 def _choices(source: str) -> list[Any]:
     """The test items of a source, none for a source that has no lines to choose from."""
-    from pipeline.data.catalogue import CHARACTER_NAMES, ROLES, VOICES
+    from pipeline.data.catalogue import ROLES
     from pipeline.data.choices import load_reactions, voice_choices
-    from pipeline.data.voices import CHARACTERS, load_voices, shipped_characters
+    from pipeline.data.voices import voices_of
 
-    shipped = source in (CHARACTERS, *CHARACTER_NAMES)
-    if shipped or source.startswith(VOICES):
-        voices = shipped_characters() if shipped else load_voices(source.removeprefix(VOICES))
+    if voices := voices_of(source):
         choices, problems = voice_choices(voices.items, voices.names), list(voices.problems)
     elif source.startswith(ROLES):
         choices, problems = load_reactions(source.removeprefix(ROLES))

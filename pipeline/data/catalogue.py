@@ -103,8 +103,8 @@ def load_catalogue(personas: str, *, compose: str = "", strict: bool = False) ->
             _add_sets(catalogue, *(shipped_set(name) for name in DICHOTOMIES))
         elif part in DICHOTOMIES:
             _add_sets(catalogue, shipped_set(part))
-        elif part in ("characters", *CHARACTER_NAMES) or part.startswith(VOICES):
-            _add_sets(catalogue, *_voices(part, strict, catalogue.problems))
+        elif voices := _voices(part, strict, catalogue.problems):
+            _add_sets(catalogue, *voices)
         elif part.startswith(ROLES):
             _add_sets(catalogue, *_roles(part, strict, catalogue.problems))
         elif part == "types":
@@ -196,10 +196,13 @@ def _own_sets(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
 
 
 def _voices(part: str, strict: bool, problems: list[str]) -> list[PersonaSet]:
+    """The sets of a part that names voices; none of one that does not."""
     # Here and not above: the voices form builds on this module.
-    from pipeline.data.voices import against_the_others, load_voices, shipped_characters
+    from pipeline.data.voices import against_the_others, voices_of
 
-    voices = load_voices(part.removeprefix(VOICES), strict=strict) if part.startswith(VOICES) else shipped_characters()
+    voices = voices_of(part, strict=strict)
+    if voices is None:
+        return []
     problems += voices.problems
     return [one for one in against_the_others(voices) if part not in CHARACTER_NAMES or one.plus == part]
 

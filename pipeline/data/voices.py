@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.data.catalogue import PersonaSet, check_name, shipped_path
+from pipeline.data.catalogue import CHARACTER_NAMES, VOICES, PersonaSet, check_name, shipped_path
 from pipeline.data.forms import Item, RowError, split_field, text_field, topic_field
 from pipeline.data.loader import read_rows
 from pipeline.errors import UserError
@@ -52,6 +52,16 @@ class VoiceSet:
 def shipped_characters() -> VoiceSet:
     """The four characters written for this project."""
     return replace(load_voices(str(shipped_path("characters.jsonl")), strict=True), source=CHARACTERS)
+
+
+def voices_of(part: str, *, strict: bool = False) -> VoiceSet | None:
+    """The voices that a part of ``--personas`` names: the shipped characters, all or one of them, or ``voices:FILE``.
+
+    None where it names no voices. Raises UserError.
+    """
+    if part in (CHARACTERS, *CHARACTER_NAMES):
+        return shipped_characters()
+    return load_voices(part.removeprefix(VOICES), strict=strict) if part.startswith(VOICES) else None
 
 
 def character_prompt(name: str) -> str:
