@@ -75,22 +75,23 @@ PERSONA_INLINE void add_strip(const T* const* weight, const typename Product<V, 
                               const Bits* bits, std::int64_t offset, std::int64_t columns, float gamma,
                               typename V::F (*sum)[kRowsTogether]) {
   using P = Product<V, T>;
-  const auto pick = [&](int c, int r, std::int64_t k, typename P::W kept) {
-    return P::pick(bits[c][r] + (offset + k) / 8, kept, soft ? P::scale(kept, gamma) : P::none());
-  };
   typename V::F local[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) local[c][r] = sum[c][r];
   for (std::int64_t k = 0; k < columns; k += P::step) {
-    typename P::W kept[R];
+    const auto gated = [&](int c, int r, typename P::W kept, typename P::W removed) {
+      return P::pick(bits[c][r] + (offset + k) / 8, kept, removed);
+    };
+    typename P::W kept[R], removed[R];
     for (int r = 0; r < R; ++r) {
       kept[r] = P::load(weight[r] + k);
       if constexpr (fetch) __builtin_prefetch(weight[r] + k + strip_columns<T>());
-      if (shared) kept[r] = pick(0, r, k, kept[r]);
+      removed[r] = soft ? P::scale(kept[r], gamma) : P::none();
+      if (shared) kept[r] = gated(0, r, kept[r], removed[r]);
     }
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) {
-        const auto w = shared ? kept[r] : pick(c, r, k, kept[r]);
+        const auto w = shared ? kept[r] : gated(c, r, kept[r], removed[r]);
         local[c][r] = P::multiply_add(w, x + c * x_stride + k, local[c][r]);
       }
   }

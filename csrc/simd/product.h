@@ -30,7 +30,7 @@ struct Product {
   }
 };
 
-/// Bytes behind a step's mask bits that `Product::pick` may read, and does not heed.
+/// Bytes behind a step's mask bits that `quick_gate`, and so `Product::pick`, may read and does not heed.
 constexpr int kBitsBehind = 3;
 
 /// x is kept in rows of whole steps of every product.
