@@ -31,7 +31,11 @@ class Gradients:
 
     def __init__(self, folder: Path, catalogue: Catalogue, *, weighted: bool = False) -> None:
         self.folder = folder
-        self._pairs = {pole: personas.plus for personas in catalogue.sets for pole in personas.poles}
+        self._leaning = {
+            pole: [(f"{LEANING}/{gradient_file(personas.plus)}", 1.0)]
+            for personas in catalogue.sets
+            for pole in personas.poles
+        }
         self._parts: dict[str, list[tuple[str, float]]] = {}
         for personas in catalogue.sets:
             within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
@@ -43,12 +47,13 @@ class Gradients:
         for composition in catalogue.compositions:
             parts = composition.parts
             total = sum(weight for _, weight in parts)
-            self._parts[composition.name] = [(n, s * w / total) for p, w in parts for n, s in self._parts[p]]
+            for known in (self._parts, self._leaning):
+                known[composition.name] = [(n, s * w / total) for p, w in parts for n, s in known[p]]
 
     def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
         """Gradient of the persona's margin and its standard error, float32 ``[N, K]``."""
         parts = self._parts[persona]
-        mean = torch.stack([weight * self._read(file, f"mean/{layer}") for file, weight in parts]).sum(0)
+        mean = self._sum(parts, layer)
         variance = torch.stack([(weight * self._read(file, f"error/{layer}")) ** 2 for file, weight in parts]).sum(0)
         return mean, variance.sqrt()
 
@@ -57,12 +62,12 @@ class Gradients:
         return self._read(gradient_file(NEUTRAL), f"mean/{layer}")
 
     def leans(self, persona: str) -> bool:
-        """Is it known what a persona's answers lean to?"""
-        return persona in self._pairs and (self.folder / LEANING / gradient_file(self._pairs[persona])).exists()
+        """Is it known what a persona's answers lean to? Of a composed one, what all its parts' do?"""
+        return all((self.folder / file).exists() for file, _ in self._leaning[persona])
 
     def leaning(self, persona: str, layer: str) -> Tensor:
         """Gradient of one of a pair's two answers against the other, over all items, float32 ``[N, K]``."""
-        return self._read(f"{LEANING}/{gradient_file(self._pairs[persona])}", f"mean/{layer}")
+        return self._sum(self._leaning[persona], layer)
 
     def variance(self, persona: str, layer: str) -> Tensor:
         """Variance of the gradient of an answer's mean log-probability, over the persona's and its opponent's answers
@@ -73,6 +78,9 @@ class Gradients:
             found.append(self._read(file, f"error/{layer}").square_().mul_(count / square))
             answers += count
         return torch.stack(found).sum(0) / answers
+
+    def _sum(self, parts: list[tuple[str, float]], layer: str) -> Tensor:
+        return torch.stack([weight * self._read(file, f"mean/{layer}") for file, weight in parts]).sum(0)
 
     def _weights(self, name: str) -> tuple[int, float]:
         """An objective's number of answers, and the sum of the squares of their weights."""

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline import calibrate, shares
 from pipeline.budget import line_under, own_items
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
 from pipeline.data.prompts import Encoded, Prompter
+from pipeline.gradient_files import LEANING, Gradients, gradient_file
 from pipeline.gradients import accumulating, backward
 from pipeline.leaning import FEWEST, LEVEL, TRIES, Line, leaning_units, levelled, two_answers
 from pipeline.loading import load_model, load_tokenizer
@@ -164,20 +166,27 @@ def test_texts_have_no_line(ground):
     assert line_under(None, load_tokenizer(config.model), catalogue, config, None, "up") is None
 
 
-def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("compose", ["", "mix/other=0.6*up+0.4*left"], ids=["poles", "mixture"])
+def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch, compose):
     """Of the same calibration with and without a price, the one with it is nearer to the middle."""
-    personas = f"up/down={write_statements(tmp_path / 'statements.jsonl')}"
+    personas = f"up/down={write_statements(tmp_path / 'up.jsonl')}"
+    names = {"up", "down"}
+    if compose:
+        personas += f",left/right={write_statements(tmp_path / 'left.jsonl')}"
+        names = {"mix", "other"}
     options = ["--sparsity", "0.2", "--pool", "1", "--evidence", "0", "--loops", "0", "--skip-blocks", "0"]
-    options += ["--max-perplexity-increase", "3"]
+    options += ["--max-perplexity-increase", "3", *(["--compose", compose] if compose else [])]
     assert calibrate.main(words(tmp_path / "level", *options, personas=personas)) == 0
     monkeypatch.setattr(shares, "line_under", lambda *_: None)
-    assert calibrate.main(words(tmp_path / "plain", *options, personas=personas)) == 0
+    reuse = ("--statistics", str(tmp_path / "level"))
+    assert calibrate.main(words(tmp_path / "plain", *options, *reuse, personas=personas)) == 0
     level, plain = (json.loads((tmp_path / n / "manifest.json").read_text())["sparsity"] for n in ("level", "plain"))
-    assert set(level["price"]) == {"up", "down"}
+    assert set(level["price"]) == names
     assert not any(plain["price"].values())
     assert any(level["price"].values())
-    config = CalibrateConfig(personas=personas, model=str(ground.llama))
-    catalogue, tokenizer, model = load_catalogue(personas), load_tokenizer(config.model), load_model(config.model)
+    config = CalibrateConfig(personas=personas, compose=compose, model=str(ground.llama))
+    tokenizer, model = load_tokenizer(config.model), load_model(config.model)
+    catalogue = load_catalogue(personas, compose=compose)
     for persona, price in level["price"].items():
         line = line_under(model, tokenizer, catalogue, config, None, persona)
         off = [
@@ -185,6 +194,24 @@ def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch):
             for masks in (load_masks(tmp_path / "level"), load_masks(tmp_path / "plain"))
         ]
         assert off[0] < off[1] if price else off[0] == off[1]
+
+
+def test_a_mixture_leans_as_its_parts_together(tmp_path):
+    """And only if all of them do."""
+    for name in ("up", "left", "far"):
+        write_statements(tmp_path / f"{name}.jsonl")
+    sets = ",".join(f"{a}/{b}={tmp_path / a}.jsonl" for a, b in (("up", "down"), ("left", "right"), ("far", "near")))
+    catalogue = load_catalogue(sets, compose="mix/other=3*up+right,lost=up+far")
+    leaning = {name: torch.randn(4, 8) for name in ("up", "left")}
+    (tmp_path / LEANING).mkdir()
+    for name, value in leaning.items():
+        save_file({"mean/layer": value}, tmp_path / LEANING / gradient_file(name))
+    gradients = Gradients(tmp_path, catalogue)
+    assert {name for name in catalogue.personas if gradients.leans(name)} == {"mix", "other"}
+    # Whoever gives the answer: a pole leans as its opposite does.
+    for name in ("mix", "other"):
+        expected = 0.75 * leaning["up"] + 0.25 * leaning["left"]
+        torch.testing.assert_close(gradients.leaning(name, "layer"), expected)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "first-order-damage"])
