@@ -1,5 +1,6 @@
 """Fixtures for all tests: fixed seeds, and uninitialised memory full of NaN."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,12 @@ LONG = ("sanitizers", "streaming", "embedded", "whole_runs", "resume", "triton_i
 def pytest_collection_modifyitems(items):
     first = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
+def pytest_collection_finish():
+    """What is imported and collected by now stays: the garbage collector need not look at it in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

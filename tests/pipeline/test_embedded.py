@@ -18,8 +18,9 @@ pytestmark = [
 
 def test_calibrate_switch_and_speak(tmp_path):
     words = [sys.executable, "-m", "pipeline.calibrate", "--personas", "judging-perceiving", "--samples", "6"]
-    # No search: that is tested on tiny models, and by the slow test below.
-    words += ["--sparsity", "0.02", "--max-perplexity-increase", "0", "--devices", "2", "--accelerator", "cpu"]
+    # No search and no drafts: those are tested on tiny models, and by the slow test below.
+    words += ["--sparsity", "0.02", "--max-perplexity-increase", "0", "--loops", "0"]
+    words += ["--devices", "2", "--accelerator", "cpu"]
     words += ["--output", str(tmp_path / "run")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
