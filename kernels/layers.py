@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import native
 from kernels.forms import FORMS, choose_form, worth_listing
 from kernels.ops.correction_linear import correction_linear, removed_lists
 from kernels.ops.masked_linear import masked_linear
@@ -153,6 +154,8 @@ class MaskedLinear(nn.Module):
 
     def list_removed(self) -> None:
         """Make what the forms need besides ``bits``; to be called again by whoever writes to ``bits``."""
+        # Asked now: a graph that is compiled later knows it as a constant.
+        self.instructions = native.instruction_set()
         kept = [int(unpack_bits(packed, self.in_features).sum()) for packed in self.bits]
         self.density = min(kept, default=1) / (self.out_features * self.in_features) if self.bits.numel() else 1.0
         weight = self.weight
@@ -227,7 +230,8 @@ class MaskedLinear(nn.Module):
         if self._columns is not None and self._offsets is not None and not learns:
             personas = 1 if self.selector.mode == "uniform" else len(self.selector._choice)
             sizes = rows.shape[0], self.out_features, self.in_features
-            form = self.form or choose_form(*sizes, self.density, personas, rows.dtype, rows.device.type)
+            kind = rows.dtype, rows.device.type, self.instructions
+            form = self.form or choose_form(*sizes, self.density, personas, *kind)
             if form == "correction":
                 return correction_linear(rows, weight, self._columns, self._offsets, persona, gamma, bias)
         return masked_linear(rows, weight, self.bits, persona, gamma, bias)

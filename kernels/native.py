@@ -64,6 +64,11 @@ def instruction_sets() -> list[str]:
     return torch.ops.persona_native.instruction_sets().split() if problem() is None else []
 
 
+def instruction_set() -> str:
+    """The instruction set in use; empty without the library."""
+    return torch.ops.persona_native.instruction_set() if problem() is None else ""
+
+
 def use_instruction_set(name: str) -> None:
     """Use ``name`` from now on, in every thread. Raises BackendError if this CPU or build lacks it."""
     if not torch.ops.persona_native.use_instruction_set(name):
@@ -77,4 +82,4 @@ def describe() -> str:
     if reason is not None:
         return f"missing: {reason}"
     ops = torch.ops.persona_native
-    return f"instruction set {ops.instruction_set()} of {', '.join(instruction_sets())}; built with {ops.build_info()}"
+    return f"instruction set {instruction_set()} of {', '.join(instruction_sets())}; built with {ops.build_info()}"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import layers
 from kernels.forms import FORMS, choose_form, worth_listing
 
 SIZES = (4096, 4096)
@@ -27,9 +28,48 @@ def test_choice(M, density, personas, dtype, device, form):
     assert form in FORMS
 
 
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+@pytest.mark.parametrize(
+    ("M", "density", "personas", "dtype", "form"),
+    [
+        (1, 0.99, 1, torch.float32, "masked"),
+        (64, 0.98, 1, torch.float32, "masked"),
+        (3, 0.98, 3, torch.float32, "masked"),
+        (4, 0.98, 4, torch.float32, "correction"),
+        (32, 0.98, 16, torch.float32, "correction"),
+        (33, 0.98, 16, torch.float32, "masked"),
+        (16, 0.97, 16, torch.float32, "masked"),
+        (16, 0.99, 16, torch.bfloat16, "masked"),
+    ],
+)
+def test_choice_without_wide_masks(M, density, personas, dtype, form, instructions):
+    assert choose_form(M, *SIZES, density, personas, dtype, "cpu", instructions) == form
+    assert choose_form(M, *SIZES, density, personas, dtype, "cuda", instructions) == "masked"
+
+
+def test_a_layer_chooses_for_the_instructions_in_use(monkeypatch):
+    """And not only in the function: four rows of four personas take the lists where masks are dear."""
+    masks = torch.ones(4, 8, 64, dtype=torch.bool)
+    masks[:, 0, 0] = False
+    asked = []
+    monkeypatch.setattr(layers, "choose_form", lambda *sizes: asked.append(sizes) or "masked")
+    monkeypatch.setattr(layers.native, "instruction_set", lambda: "avx2")
+    layer = layers.MaskedLinear.from_linear(torch.nn.Linear(64, 8), masks)
+    layer.select([0, 1, 2, 3])
+    with torch.no_grad():
+        layer(torch.randn(4, 64))
+    density = 1 - 1 / (8 * 64)
+    assert asked == [(4, 8, 64, density, 4, torch.float32, "cpu", "avx2")]
+
+
 def test_lists_are_made_where_they_may_be_chosen():
     for density in (0.5, 0.97, 0.98, 1.0):
         for dtype in (torch.float32, torch.bfloat16):
-            chosen = {choose_form(M, *SIZES, density, 1, dtype, "cpu") for M in range(100)}
+            chosen = {
+                choose_form(M, *SIZES, density, personas, dtype, "cpu", instructions)
+                for M in range(100)
+                for personas in (1, 4)
+                for instructions in ("", "avx2", "avx512")
+            }
             assert worth_listing(SIZES[1], density, dtype, "cpu") == ("correction" in chosen)
     assert choose_form(64, 8, (1 << 16) + 1, 0.99, 1, torch.float32, "cpu") == "masked"
