@@ -5,13 +5,16 @@ import torch
 FORMS = ("masked", "correction")
 """``masked_linear`` on the packed masks, or ``correction_linear`` on lists of the removed weights."""
 
-LISTED_DENSITY = 0.98
-"""Masks that keep less are never listed unless that is forced."""
+LISTED_DENSITY, LISTED_DENSITY_NARROW = 0.98, 0.99
+"""Masks that keep less are never listed unless that is forced; with the instructions of ``NARROW``."""
+NARROW = ("avx2", "portable")
+"""Instruction sets that have no masks in their instructions."""
 
 
-def worth_listing(K: int, density: float, dtype: torch.dtype, device: str) -> bool:
+def worth_listing(K: int, density: float, dtype: torch.dtype, device: str, instructions: str = "") -> bool:
     """Whether ``choose_form`` can ever choose the lists, so that a layer should make them."""
-    return device == "cpu" and dtype == torch.float32 and K <= 1 << 16 and density >= LISTED_DENSITY
+    least = LISTED_DENSITY_NARROW if instructions in NARROW else LISTED_DENSITY
+    return device == "cpu" and dtype == torch.float32 and K <= 1 << 16 and density >= least
 
 
 def choose_form(
@@ -36,16 +39,14 @@ def choose_form(
     Without AVX-512 a mask takes several instructions per vector of weights and persona (AVX2, float32; masked, lists):
 
     - One persona: masked at any number of rows (16 rows, 2 %: 15, 21; 64 rows: 36, 47).
-    - A persona for each of four rows and more: the lists, up to 2 % removed (16 rows of 16 personas: 29, 24 at 2 % and
-      30, 30 at 4 %; 16 rows of 2 personas: 26, 23 at 2 %); of portable code all the more (1536 x 576, 2 %, 16 rows of
-      16 personas: 13.3, 5.4).
-    - Beyond 32 rows it depends on how many personas are different (64 rows, 2 %: of 16 personas 104, 94, of 2 personas
-      51, 63), which a compiled graph must not know: masked.
+    - A persona for each of four rows and more: the lists, up to 1 % removed (16 rows of 16 personas: 29, 22 at 1 % and
+      29, 24 at 2 %; of 2 personas, which share gated weights, 18, 19 and 18, 23: a compiled graph must not know how
+      many there are); of portable code all the more (1536 x 576, 1 %, 16 rows of 16 personas: 11.5, 5.0).
+    - Beyond 32 rows those of a persona share even more (64 rows of 2 personas, 2 %: 51, 63): masked.
 
     On GPUs nothing has been measured yet.
     """
-    if not worth_listing(K, density, dtype, device):
+    if not worth_listing(K, density, dtype, device, instructions):
         return "masked"
-    narrow = instructions in ("avx2", "portable")
-    listed = personas >= 4 and M <= 32 if narrow else personas == 1 and 32 < M <= 64
+    listed = personas >= 4 and M <= 32 if instructions in NARROW else personas == 1 and 32 < M <= 64
     return "correction" if listed else "masked"

@@ -72,7 +72,7 @@ bool correction_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
   const Gates gates{{{plain.data(), 0}},           0,    removed_of(columns, offsets, persona, x.size(0)),
                     static_cast<float>(1 - gamma), flat, flat_stride};
   if (gates.removed.empty() && x.size(0) > 0) return false;
-  if (x.size(0) > 0) multiply_rows(x, weight, gates, bias, y);
+  if (x.size(0) > 0) multiply_rows(PreparedRows(x), x.size(0), weight, gates, bias, y.mutable_data_ptr());
   return true;
 }
 

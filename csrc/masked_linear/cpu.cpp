@@ -1,4 +1,9 @@
 // The masked product of few rows, and gated panels of the weight, on torch's CPU threads.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -19,6 +24,44 @@ std::vector<MaskRows> masks_of(const Tensor& bits, const Tensor& persona, const 
     masks.push_back(p < 0 ? MaskRows{plain.data(), 0} : MaskRows{first + p * bits.stride(0), bits.stride(1)});
   }
   return masks;
+}
+
+/// The order that brings rows with one mask together, which then share gated weights; empty where it changes nothing.
+std::vector<int64_t> together(const std::vector<MaskRows>& masks) {
+  const auto before = [&](int64_t a, int64_t b) {
+    return std::less<>()(masks[static_cast<size_t>(a)].bits, masks[static_cast<size_t>(b)].bits);
+  };
+  std::vector<int64_t> order(masks.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (std::is_sorted(order.begin(), order.end(), before)) return {};
+  std::stable_sort(order.begin(), order.end(), before);
+  const auto alike = [&](int64_t a, int64_t b) { return !before(a, b); };
+  return std::adjacent_find(order.begin(), order.end(), alike) == order.end() ? std::vector<int64_t>{} : order;
+}
+
+/// `multiply_rows` in another order of the rows; `gates` are in the order of x.
+void multiply_in_order(const std::vector<int64_t>& order, const Tensor& x, const Tensor& weight, Gates gates,
+                       const std::optional<Tensor>& bias, Tensor& y) {
+  const int64_t rows = x.size(0), columns = x.size(1), size = static_cast<int64_t>(x.element_size());
+  const size_t y_bytes = static_cast<size_t>(weight.size(0) * size);
+  const char* source = static_cast<const char*>(x.const_data_ptr());
+  char* target = static_cast<char*>(y.mutable_data_ptr());
+  std::vector<char> sorted(static_cast<size_t>(rows * columns * size)), result(static_cast<size_t>(rows) * y_bytes);
+  std::vector<MaskRows> masks;
+  char* next = sorted.data();
+  for (const int64_t m : order) {
+    masks.push_back(gates.masks[static_cast<size_t>(m)]);
+    for (int64_t k = 0; k < columns; ++k, next += size)
+      std::memcpy(next, source + (m * x.stride(0) + k * x.stride(1)) * size, static_cast<size_t>(size));
+  }
+  gates.masks = std::move(masks);
+  const Matrix rows_of_x{sorted.data(), rows, columns, {columns, 1}};
+  multiply_rows(PreparedRows(rows_of_x, element_of(x, "x"), size), rows, weight, gates, bias, result.data());
+  const char* row = result.data();
+  for (const int64_t m : order) {
+    std::memcpy(target + static_cast<size_t>(m) * y_bytes, row, y_bytes);
+    row += y_bytes;
+  }
 }
 
 }  // namespace
@@ -47,31 +90,29 @@ void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona,
   }
 }
 
-void multiply_rows(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
-                   Tensor& y) {
-  const int64_t rows = x.size(0), outputs = weight.size(0);
-  const PreparedRows prepared(x);
+void multiply_rows(const PreparedRows& x, int64_t rows, const Tensor& weight, const Gates& gates,
+                   const std::optional<Tensor>& bias, void* y) {
+  const int64_t outputs = weight.size(0);
   const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(weight.size(1), 1));
   const auto kernel = kernels().masked_linear;
   const bool shared = gates.masks.size() == 1;
   parallel_parts(outputs, parts, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t m = 0; m < rows; m += kMostRows) {
-      const MaskedArguments arguments{
-          prepared.at(m),
-          std::min(rows - m, kMostRows),
-          matrix_of(weight),
-          element_of(weight, "weight"),
-          gates.masks.data() + (shared ? 0 : m),
-          shared,
-          gates.gamma,
-          bias.has_value() ? bias->const_data_ptr() : nullptr,
-          bias.has_value() ? bias->stride(0) : 0,
-          static_cast<char*>(y.mutable_data_ptr()) + static_cast<size_t>(m * outputs) * y.element_size(),
-          outputs,
-          gates.removed.empty() ? nullptr : gates.removed.data() + m,
-          gates.removed_scale,
-          gates.removed.empty() ? nullptr : gates.flat + m * gates.flat_stride,
-          gates.flat_stride};
+      const MaskedArguments arguments{x.at(m),
+                                      std::min(rows - m, kMostRows),
+                                      matrix_of(weight),
+                                      element_of(weight, "weight"),
+                                      gates.masks.data() + (shared ? 0 : m),
+                                      shared,
+                                      gates.gamma,
+                                      bias.has_value() ? bias->const_data_ptr() : nullptr,
+                                      bias.has_value() ? bias->stride(0) : 0,
+                                      static_cast<char*>(y) + static_cast<size_t>(m * outputs) * weight.element_size(),
+                                      outputs,
+                                      gates.removed.empty() ? nullptr : gates.removed.data() + m,
+                                      gates.removed_scale,
+                                      gates.removed.empty() ? nullptr : gates.flat + m * gates.flat_stride,
+                                      gates.flat_stride};
       kernel(arguments, first, last);
     }
   });
@@ -88,7 +129,12 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
   const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
   const Gates gates{masks_of(bits, persona, plain), static_cast<float>(gamma), {}, 0, nullptr, 0};
   if (gates.masks.empty() && persona.size(0) > 0) return false;
-  if (x.size(0) > 0) multiply_rows(x, weight, gates, bias, y);
+  if (x.size(0) == 0) return true;
+  const auto order = kernels().shares_gates ? together(gates.masks) : std::vector<int64_t>{};
+  if (!order.empty())
+    multiply_in_order(order, x, weight, gates, bias, y);
+  else
+    multiply_rows(PreparedRows(x), x.size(0), weight, gates, bias, y.mutable_data_ptr());
   return true;
 }
 

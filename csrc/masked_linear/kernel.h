@@ -21,6 +21,11 @@ constexpr int kLine = 64;
 template <class V>
 constexpr int kRowsOfX = V::registers / 8;
 
+/// Whether rows of x with one mask are faster beside each other, for they share gated weights. Where there are 32
+/// registers, masks are part of the instructions, and sharing them gains nothing.
+template <class V>
+constexpr bool kSharesGates = V::registers < 32;
+
 /// What a thread keeps beside the weight: the masks of this strip and of the next, and the sums.
 template <class V, class T>
 struct MaskedWork {
@@ -99,14 +104,25 @@ PERSONA_INLINE void add_strip(const T* const* weight, const typename Product<V, 
     for (int r = 0; r < R; ++r) sum[c][r] = local[c][r];
 }
 
-/// One strip against `C` rows of x, from row m on.
+/// Which of the rows of x that a strip meets together have one mask: all rows of x one, some groups, or none.
+enum class Alike { all, some, none };
+
+/// Whether `C` rows of x have the mask of row m, the first of them.
+template <int C>
+PERSONA_INLINE bool alike(const MaskedArguments& a, std::int64_t m) {
+  for (int c = 1; c < C; ++c)
+    if (a.mask[m + c].bits != a.mask[m].bits) return false;
+  return true;
+}
+
+/// One strip against `C` rows of x, from row m on. `shared`: all have the mask of row `mask`.
 template <class V, class T, int R, int C, bool shared, bool soft>
-PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, Place p, std::int64_t apart, int turn,
-                                  MaskedWork<V, T>& work) {
+PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, std::int64_t mask, Place p,
+                                  std::int64_t apart, int turn, MaskedWork<V, T>& work) {
   using P = Product<V, T>;
   const std::int64_t whole = p.width / P::step * P::step, x_stride = padded_steps(p.width);
   const auto* x = static_cast<const typename P::X*>(a.x) + p.k * a.rows + m * x_stride;
-  const auto* bits = work.masks[turn].bits + (shared ? 0 : m);
+  const auto* bits = work.masks[turn].bits + mask;
   const T* weight[R];
   for (int r = 0; r < R; ++r)
     weight[r] = static_cast<const T*>(a.weight.data) + (p.n + r * apart) * a.weight.stride[0] + p.k;
@@ -125,13 +141,19 @@ PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, Plac
 }
 
 /// One strip against rows m to m + C of x, meanwhile the masks of the next strip for them.
-template <class V, class T, int R, int C, bool shared, bool soft>
+template <class V, class T, int R, int C, Alike masks, bool soft>
 PERSONA_INLINE void turn_of(const MaskedArguments& a, std::int64_t m, Place p, Place next, std::int64_t apart, int turn,
                             MaskedWork<V, T>& work) {
-  const std::int64_t masks = shared ? (m == 0 ? 1 : 0) : C;
-  fetch_bits<R>(a, m, masks, next, apart, 2 * MaskedWork<V, T>::bytes);
-  add_rows_of_x<V, T, R, C, shared, soft>(a, m, p, apart, turn, work);
-  if (next.width > 0) copy_bits<R>(a, m, masks, next, apart, work.masks[1 - turn].bits);
+  const bool one = masks == Alike::some && C > 1 && alike<C>(a, m);
+  const std::int64_t count = masks == Alike::all ? (m == 0 ? 1 : 0) : one ? 1 : C;
+  fetch_bits<R>(a, m, count, next, apart, 2 * MaskedWork<V, T>::bytes);
+  if constexpr (masks == Alike::all)
+    add_rows_of_x<V, T, R, C, true, soft>(a, m, 0, p, apart, turn, work);
+  else if (one)
+    add_rows_of_x<V, T, R, C, true, soft>(a, m, m, p, apart, turn, work);
+  else
+    add_rows_of_x<V, T, R, C, false, soft>(a, m, m, p, apart, turn, work);
+  if (next.width > 0) copy_bits<R>(a, m, count, next, apart, work.masks[1 - turn].bits);
 }
 
 template <class V, class T, int R>
@@ -162,7 +184,7 @@ PERSONA_INLINE void fetch_lists(const MaskedArguments& a, std::int64_t n, std::i
 }
 
 /// Rows `first` to `last` of the weight, each with the `R - 1` others that lie `apart` rows behind it.
-template <class V, class T, int R, bool shared, bool soft>
+template <class V, class T, int R, Alike masks, bool soft>
 void weight_rows(const MaskedArguments& a, std::int64_t first, std::int64_t last, std::int64_t apart,
                  MaskedWork<V, T>& work) {
   constexpr std::int64_t strip = strip_columns<T>();
@@ -171,7 +193,7 @@ void weight_rows(const MaskedArguments& a, std::int64_t first, std::int64_t last
     return Place{n, k, n == last ? 0 : columns - k < strip ? columns - k : strip};
   };
   Place p = place(first, 0);
-  if (p.width > 0) copy_bits<R>(a, 0, shared ? 1 : a.rows, p, apart, work.masks[0].bits);
+  if (p.width > 0) copy_bits<R>(a, 0, masks == Alike::all ? 1 : a.rows, p, apart, work.masks[0].bits);
   for (int turn = 0; p.n < last; turn = 1 - turn) {
     if (p.k == 0) {
       for (std::int64_t m = 0; m < a.rows; ++m)
@@ -182,28 +204,35 @@ void weight_rows(const MaskedArguments& a, std::int64_t first, std::int64_t last
     const Place next = ends ? place(p.n + 1, 0) : place(p.n, p.k + p.width);
     std::int64_t m = 0;
     constexpr int C = kRowsOfX<V>;
-    for (; m + C <= a.rows; m += C) turn_of<V, T, R, C, shared, soft>(a, m, p, next, apart, turn, work);
-    for (; m < a.rows; ++m) turn_of<V, T, R, 1, shared, soft>(a, m, p, next, apart, turn, work);
+    for (; m + C <= a.rows; m += C) turn_of<V, T, R, C, masks, soft>(a, m, p, next, apart, turn, work);
+    for (; m < a.rows; ++m) turn_of<V, T, R, 1, masks, soft>(a, m, p, next, apart, turn, work);
     if (ends) write<V, T, R>(a, p.n, apart, work);
     p = next;
   }
 }
 
-template <class V, class T, bool shared, bool soft>
+template <class V, class T, Alike masks, bool soft>
 void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t last) {
   MaskedWork<V, T> work;
   const std::int64_t quarter = (last - first) / kRowsTogether, rest = first + kRowsTogether * quarter;
-  weight_rows<V, T, kRowsTogether, shared, soft>(a, first, first + quarter, quarter, work);
-  weight_rows<V, T, 1, shared, soft>(a, rest, last, 0, work);
+  weight_rows<V, T, kRowsTogether, masks, soft>(a, first, first + quarter, quarter, work);
+  weight_rows<V, T, 1, masks, soft>(a, rest, last, 0, work);
+}
+
+template <class V, class T, Alike masks>
+void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t last) {
+  a.gamma == 0 ? masked_linear_of<V, T, masks, false>(a, first, last)
+               : masked_linear_of<V, T, masks, true>(a, first, last);
 }
 
 template <class V, class T>
 void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t last) {
-  if (a.gamma == 0)
-    a.shared ? masked_linear_of<V, T, true, false>(a, first, last)
-             : masked_linear_of<V, T, false, false>(a, first, last);
-  else
-    a.shared ? masked_linear_of<V, T, true, true>(a, first, last) : masked_linear_of<V, T, false, true>(a, first, last);
+  if (a.shared) return masked_linear_of<V, T, Alike::all>(a, first, last);
+  // A choice within the loops of the others would cost them a sixth of their speed.
+  if constexpr (kSharesGates<V>)
+    for (std::int64_t m = 0; a.gamma == 0 && m + kRowsOfX<V> <= a.rows; m += kRowsOfX<V>)
+      if (alike<kRowsOfX<V>>(a, m)) return masked_linear_of<V, T, Alike::some, false>(a, first, last);
+  masked_linear_of<V, T, Alike::none>(a, first, last);
 }
 
 /// Rows `first` to `last` of the weight, columns `first` to `last` of y.

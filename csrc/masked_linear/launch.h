@@ -21,13 +21,17 @@ inline Matrix matrix_of(const Tensor& t) {
 class PreparedRows {
  public:
   explicit PreparedRows(const Tensor& x)
-      : row_bytes_(static_cast<size_t>(padded_steps(x.size(1))) * kernels().prepared_bytes(element_of(x, "x"))),
-        data_((static_cast<size_t>(x.size(0)) * row_bytes_ + sizeof(float) - 1) / sizeof(float)) {
-    for (int64_t m = 0; m < x.size(0); m += kMostRows) {
-      Matrix some = matrix_of(x);
-      some.data = static_cast<const char*>(some.data) + m * some.stride[0] * static_cast<int64_t>(x.element_size());
-      some.rows = std::min(x.size(0) - m, kMostRows);
-      kernels().prepare_rows(some, element_of(x, "x"), const_cast<void*>(at(m)));
+      : PreparedRows(matrix_of(x), element_of(x, "x"), static_cast<int64_t>(x.element_size())) {}
+
+  /// `size`: bytes of an element of x.
+  PreparedRows(const Matrix& x, Element element, int64_t size)
+      : row_bytes_(static_cast<size_t>(padded_steps(x.columns)) * kernels().prepared_bytes(element)),
+        data_((static_cast<size_t>(x.rows) * row_bytes_ + sizeof(float) - 1) / sizeof(float)) {
+    for (int64_t m = 0; m < x.rows; m += kMostRows) {
+      Matrix some = x;
+      some.data = static_cast<const char*>(x.data) + m * x.stride[0] * size;
+      some.rows = std::min(x.rows - m, kMostRows);
+      kernels().prepare_rows(some, element, const_cast<void*>(at(m)));
     }
   }
 
@@ -55,8 +59,8 @@ void check_weight(const Tensor& weight, const Tensor& like);
 void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona, const std::optional<Tensor>& bias,
                    const Tensor& y);
 
-/// y = the gated weight times x, plus bias, for one row of x or more.
-void multiply_rows(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
-                   Tensor& y);
+/// y [M, N], of the weight's dtype, = the gated weight times M rows of x, plus bias.
+void multiply_rows(const PreparedRows& x, int64_t rows, const Tensor& weight, const Gates& gates,
+                   const std::optional<Tensor>& bias, void* y);
 
 }  // namespace persona

@@ -12,6 +12,7 @@ namespace persona {
 
 struct Kernels {
   const char* name;
+  bool shares_gates;  // of the masked product
   void (*activation_stats)(const StatsArguments&, std::int64_t, std::int64_t, std::uint8_t*);
   Unordered (*mask_select)(const SelectArguments&, std::int64_t, std::int64_t);
   Unordered (*mask_select_nm)(const SelectNmArguments&, std::int64_t, std::int64_t);

@@ -116,6 +116,23 @@ def test_a_row_does_not_depend_on_its_batch(isa):
     assert torch.equal(torch.cat(alone), together)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "persona",
+    [[0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, -1, -1], [2, -1, 2, 0, -1, 1, 2], [2, 1, 0], [1] * 9, [0, 2] * 20],
+    ids=["alternating", "together", "mixed", "distinct", "one", "many"],
+)
+def test_rows_that_share_a_persona(isa, persona, dtype, gamma):
+    """They are brought together and share gated weights; that changes no bit of any row."""
+    rows = len(persona)
+    x, weight, masks, _, bias = problem((rows, 37, 1100, 3), dtype)
+    index, bits = torch.tensor(persona).int(), packed(masks)
+    alone = [direct(x[m : m + 1], weight, bits, index[m : m + 1], gamma, bias) for m in range(rows)]
+    for layout in (x, strided(x)):
+        assert torch.equal(direct(layout, weight, bits, index, gamma, bias), torch.cat(alone))
+
+
 def test_several_panels():
     x, weight, masks, persona, bias = problem((20, 700, 1100, 2), torch.float32)
     assert weight.nbytes > 2 << 20
