@@ -26,9 +26,8 @@ PROBE_TEXTS = 48
 STEPS, FIRST, PROBES, CLOSE = 64, 48, 7, 0.85
 """The share removed is found in 64ths of ``--sparsity``, from at most so many measurements, the first at 48; a cost of
 at least this part of the budget ends the search."""
-POWER, FAR = 1.8, 1.0
-"""Cost grows nearly as the square of what is removed; two measurements know better, and a cost beyond ``FAR`` says
-nothing: there an answer of one word becomes impossible, from one step to the next."""
+POWER = 1.8
+"""Cost grows nearly as the square of what is removed; two measurements know better."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _between(low: int, high: int, costs: dict[int, float], limit: float) -> int:
     aim, below, above = 0.93 * limit, costs.get(low, 0.0), costs.get(high)
     if above is None:
         guess = low * (aim / below) ** (1 / POWER) if below > 0 else STEPS
-    elif not above <= max(FAR, 4 * limit) or (low and below < limit / 10):
+    elif not math.isfinite(above) or (low and below < limit / 10):
         guess = (low + high) // 2
     else:
         power = math.log(above / below) / math.log(high / low) if low else POWER
