@@ -19,10 +19,12 @@ namespace persona {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-/// The stream that torch uses on the tensor's device. (Stream::nativeHandle would need torch 2.13.)
+/// The stream that torch uses on the tensor's device. (Stream::nativeHandle would need torch 2.13, and so would the
+/// macro that checks such calls.)
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no current CUDA stream on device ", tensor.get_device_index());
   return static_cast<cudaStream_t>(stream);
 }
 

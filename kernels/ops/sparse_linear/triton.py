@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops.masked_linear.triton import launch
+from kernels.ops.masked_linear.triton import launch, multiply_add
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
 ROW_BLOCK = {"BLOCK_N": 4, "BLOCK_G": 64, "num_warps": 4}
@@ -88,13 +88,14 @@ def _tile_kernel(
     first, length = _extent(offsets_ptr, stride_on, n, N)
     passed = tl.zeros((BLOCK_N,), tl.int32)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    lost = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, K, BLOCK_K):
         group = start // 8 + tl.arange(0, BLOCK_K // 8)
         weight, passed = _expanded(values_ptr, bits_ptr, stride_bn, stride_bb, n, group, N, K, first, length, passed)
         k = start + tl.arange(0, BLOCK_K)
         read = (k < K)[:, None] & (m < M)[None, :]
         x = tl.load(x_ptr + wide_m[None, :] * stride_xm + k.to(tl.int64)[:, None] * stride_xk, read, 0)
-        total = tl.dot(weight.reshape(BLOCK_N, BLOCK_K), x, total, input_precision="ieee")
+        total, lost = multiply_add(weight.reshape(BLOCK_N, BLOCK_K), x, total, lost)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n.to(tl.int64) * stride_bias, n < N, 0).to(tl.float32)[:, None]
     place = wide_m[None, :] * N + n[:, None]
