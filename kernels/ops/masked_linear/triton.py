@@ -82,6 +82,8 @@ def multiply_add(weight, x, total, lost):
         before = total
         total = before + block
         lost = (total - before) - block
+        # An infinite sum has lost nothing that could be named.
+        lost = tl.where(lost == lost, lost, 0.0)
     else:
         total = tl.dot(weight, x, total)
     return total, lost
