@@ -3,12 +3,10 @@
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Bench, run
+from benchmarks.harness import Bench, here, run
 from benchmarks.products import Pool, against, close, masks, problems
 from kernels import backends, correction_linear, masked_linear, removed_lists
 from kernels.ops.masked_linear.reference import masked_linear_reference
-
-OURS = backends.choose("correction_linear", "cpu")
 
 
 def correction(bench: Bench, pool: Pool, removed: float, count: int) -> None:
@@ -16,6 +14,7 @@ def correction(bench: Bench, pool: Pool, removed: float, count: int) -> None:
     personas = 1 if count == 64 else count
     weight = next(pool)
     rows, columns, dtype = *weight.shape, weight.dtype
+    ours = backends.choose("correction_linear", here())
     bits = masks(personas, rows, columns, 1 - removed)
     lists, x = removed_lists(bits, columns), torch.randn(count, columns).to(dtype)
     persona = torch.arange(personas, dtype=torch.int32)
@@ -26,7 +25,7 @@ def correction(bench: Bench, pool: Pool, removed: float, count: int) -> None:
         f"{rows}x{columns}, {removed:.0%}, {count} rows, {personas} personas",
         dtype,
         {
-            OURS: lambda: correction_linear(x, next(pool), *lists, persona),
+            ours: lambda: correction_linear(x, next(pool), *lists, persona),
             "masked_linear": lambda: masked_linear(x, next(pool), bits, persona),
             "F.linear": lambda: F.linear(x, next(pool)),
         },
@@ -34,7 +33,7 @@ def correction(bench: Bench, pool: Pool, removed: float, count: int) -> None:
         peer="F.linear",
         check=lambda _: right,
     )
-    against(timings, OURS, "F.linear", dtype.itemsize / (dtype.itemsize + 2 * removed * personas))
+    against(timings, ours, "F.linear", dtype.itemsize / (dtype.itemsize + 2 * removed * personas))
 
 
 def main(bench: Bench) -> None:
@@ -45,4 +44,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, gpu=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench, run
+from benchmarks.harness import Bench, here, implementations, run
 from benchmarks.shapes import LLAMA3_8B, SMOLLM2, Shapes
 from kernels import backends, mask_select, mask_select_global, mask_select_nm
 from kernels.ops.mask_select.reference import mask_select_reference
@@ -64,21 +64,24 @@ def over(layers: list[Layer], select: Callable[[Tensor, Tensor, int], Tensor]) -
 
 def by_row(bench: Bench, case: str, dtype: torch.dtype, layers: list[Layer]) -> None:
     weights = sum(weight.numel() for weight, _ in layers)
-    ours = backends.choose("mask_select", "cpu")
+    ours = implementations("mask_select", over(layers, mask_select))
     weight, channel = layers[-1]
 
     def check(name: str) -> bool:
         # Ties at random weights are as good as none; peers that return booleans are compared unpacked.
         expected = mask_select_reference(weight, channel, weight.shape[1] // 2)
-        if name == ours:
-            return torch.equal(mask_select(weight, channel, weight.shape[1] // 2), expected)
+        if name in ours:
+            one = implementations("mask_select", lambda: mask_select(weight, channel, weight.shape[1] // 2))
+            return torch.equal(one[name](), expected)
         mask = PEERS[name](weight, channel, weight.shape[1] // 2)
         wrong = (mask if mask.dtype == torch.uint8 else pack_bits_reference(mask)) ^ expected
         return int((wrong != 0).sum()) <= wrong.shape[0] // 100
 
-    candidates = {ours: over(layers, mask_select)} | {name: over(layers, peer) for name, peer in PEERS.items()}
+    candidates = ours | {name: over(layers, peer) for name, peer in PEERS.items()}
     nbytes = weights * dtype.itemsize + weights // 8
-    bench.compare("mask_select", case, dtype, candidates, nbytes=nbytes, peer="topk + packing", check=check)
+    bench.compare(
+        "mask_select", case, dtype, candidates, nbytes=nbytes, peer="topk + packing", check=check, graph=False
+    )
 
 
 def other_forms(bench: Bench, case: str, dtype: torch.dtype, layers: list[Layer]) -> None:
@@ -105,10 +108,11 @@ def other_forms(bench: Bench, case: str, dtype: torch.dtype, layers: list[Layer]
             op,
             case,
             dtype,
-            {backends.choose(op, "cpu"): ours, "plain": plain},
+            {backends.choose(op, here()): ours, "plain": plain},
             nbytes=nbytes + weights // 8,
             peer="plain",
-            check={backends.choose(op, "cpu"): same, "plain": True}.__getitem__,
+            check={backends.choose(op, here()): same, "plain": True}.__getitem__,
+            graph=False,
         )
 
 
@@ -126,4 +130,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, gpu=True)

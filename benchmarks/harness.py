@@ -1,27 +1,34 @@
 """What every benchmark shares: the bound measured in the same run, alternating candidates, quantiles, one CSV form.
 
 A candidate is timed only after its result was compared with the reference's; buffers are rotated so that no
-cache is measured where a real run would not find the data in one.
+cache is measured where a real run would not find the data in one. ``--device cuda`` makes the GPU torch's default
+device, where every tensor of a benchmark then is.
 """
 
 import argparse
 import csv
 import datetime
+import importlib.metadata
 import io
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from kernels import backends
 from pipeline.atomic import write_text
 
 BEYOND_CACHES = 512 * 2**20
-"""Bytes: more than the last-level cache of any CPU that this runs on."""
+"""Bytes: more than the last-level cache of any CPU or GPU that this runs on."""
+GRAPH_CALLS = 64
+"""Calls in one CUDA graph: so many that the start of a graph is lost in them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class Bench:
         self.quick, self.output = quick, output
         self.rows: list[Row] = []
         self.ceiling = read_ceiling(0.2 if quick else 1.0)
-        print(f"{device_name()}, {torch.get_num_threads()} threads, read ceiling {self.ceiling:.1f} GB/s")
+        where = device_name() if here() == "cuda" else f"{device_name()}, {torch.get_num_threads()} threads"
+        print(f"{where}, read ceiling {self.ceiling:.1f} GB/s")
 
     def compare(
         self,
@@ -85,14 +93,18 @@ class Bench:
         peer: str,
         check: Callable[[str], bool],
         seconds: float = 1.0,
+        graph: bool = True,
     ) -> dict[str, Timing]:
         """Time ``candidates`` in turn, each for about ``seconds``; ``peer`` is the one that ratios refer to.
 
+        On a GPU each is captured in a CUDA graph, unless ``graph`` is False: for what waits for the device.
         Raises CheckError if ``check`` is false for one of them.
         """
         for name in candidates:
             if not check(name):
                 raise CheckError(f"{op} {case} {dtype}: {name} gives a wrong result; nothing is timed")
+        if graph and here() == "cuda":
+            candidates = {name: Replay(run) for name, run in candidates.items()}
         timings = alternate(candidates, seconds / 5 if self.quick else seconds)
         for name, timing in timings.items():
             self.add(op, case, dtype, name, peer, timing, timings[peer], nbytes)
@@ -161,11 +173,71 @@ def alternate(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+class Replay:
+    """``GRAPH_CALLS`` calls of ``run`` in one CUDA graph: the kernels alone, as the host that launches them is slower.
+
+    ``run`` must not wait for the device. The results of a call are overwritten by the next.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What compiles or allocates at a first call.
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(GRAPH_CALLS):
+                run()
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self) -> float:
+        """Seconds of one call."""
+        self.start.record()
+        self.graph.replay()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3 / GRAPH_CALLS
+
+
 def duration(run: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds that ``run(*arguments)`` takes."""
+    """Seconds that ``run(*arguments)`` takes, on a GPU until its last kernel has ended."""
+    if isinstance(run, Replay):
+        return run()
+    wait()
     start = time.perf_counter()
     run(*arguments)
+    wait()
     return time.perf_counter() - start
+
+
+def wait() -> None:
+    """Until the GPU is idle, where there is one."""
+    if here() == "cuda":
+        torch.cuda.synchronize()
+
+
+def here() -> str:
+    """The device type that this benchmark runs on."""
+    return torch.get_default_device().type
+
+
+def implementations(op: str, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """``run`` by the backend that ``op`` chooses here; on a GPU by the compiled one that runs only on request, too."""
+    names = [backends.choose(op, here())]
+    if here() == "cuda":
+        names += [name for name in backends.ON_REQUEST if backends.explain()[op].get(name, "").startswith("present")]
+
+    def by(name: str) -> Callable[[], Any]:
+        def forced() -> Any:
+            with mock.patch.dict(os.environ, {backends.ENVIRONMENT: f"{op}={name}"}):
+                return run()
+
+        return forced
+
+    return {names[0]: run} | {name: by(name) for name in names[1:]}
 
 
 def rotating(make: Callable[[], Any], nbytes: int, limit: int = BEYOND_CACHES) -> Iterator[Any]:
@@ -174,17 +246,21 @@ def rotating(make: Callable[[], Any], nbytes: int, limit: int = BEYOND_CACHES) -
 
 
 def read_ceiling(seconds: float) -> float:
-    """GB/s of the fastest pass over memory beyond all caches, on torch's threads."""
-    buffer = torch.ones(BEYOND_CACHES // 4)
+    """GB/s of the fastest pass over memory beyond all caches: on torch's threads; a GPU's copy, both ways."""
+    size = BEYOND_CACHES * (8 if here() == "cuda" else 1)
+    buffer = torch.ones(size // 4)
+    target = torch.empty_like(buffer) if here() == "cuda" else None
     passes: list[float] = []
     start = time.perf_counter()
     while not passes or time.perf_counter() - start < seconds:
-        passes.append(duration(buffer.sum))
-    return BEYOND_CACHES / min(passes) / 1e9
+        passes.append(duration(buffer.sum) if target is None else duration(target.copy_, buffer) / 2)
+    return size / min(passes) / 1e9
 
 
 def device_name() -> str:
-    """CPU model and the vector instructions that matter here; no host name."""
+    """GPU and the version of Triton, or CPU model and the vector instructions that matter here; no host name."""
+    if here() == "cuda":
+        return f"{torch.cuda.get_device_name()}, triton {importlib.metadata.version('triton')}"
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     facts = {key.strip(): value.strip() for key, value in facts.items()}
@@ -193,14 +269,20 @@ def device_name() -> str:
     return " ".join([facts.get("model name", "CPU"), *flags])
 
 
-def run(main: Callable[[Bench], None], description: str) -> None:
-    """The command line of a benchmark."""
+def run(main: Callable[[Bench], None], description: str, *, gpu: bool = False) -> None:
+    """The command line of a benchmark; ``gpu``: it can run on one."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions: under a minute")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
+    if gpu:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (default: cpu)")
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if gpu and options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU")
+        torch.set_default_device("cuda")
     bench = Bench(options.quick, options.output)
     with torch.inference_mode():
         main(bench)

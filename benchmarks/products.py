@@ -8,12 +8,15 @@ from torch import Tensor
 from benchmarks.harness import Bench, Timing, rotating
 from kernels import pack_bits
 
-PLAIN = torch.tensor([-1], dtype=torch.int32)
-FIRST = torch.tensor([0], dtype=torch.int32)
 Pool = Iterator[Tensor]
 """Weights of one shape and dtype, beyond the caches."""
 OWN_DENSE = "own dense"
 """The masked kernel with no persona: the honest base where torch's product of one row is slow."""
+
+
+def persona_of(index: int) -> Tensor:
+    """One persona for all rows; -1: none."""
+    return torch.tensor([index], dtype=torch.int32)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
