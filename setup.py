@@ -32,7 +32,13 @@ FLAGS = [
 # between one step of a product and the next.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-fno-tree-slp-vectorize"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-INSTRUCTIONS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi2"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vbmi2"]
+INSTRUCTIONS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
 """Flags of ``csrc/simd/NAME.cpp`` alone: nothing else may hold an instruction that some processor lacks."""
 
 

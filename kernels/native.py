@@ -1,6 +1,7 @@
 """The compiled ops: loads ``kernels/_native.abi3.so`` once, and says why where it cannot.
 
-``PERSONA_ISA=portable|avx2|avx512|avx512_bf16`` forces the instruction set; by default it is the best that the CPU has.
+``PERSONA_ISA=portable|avx2|avx512|avx512_bf16|amx_bf16`` forces the instruction set; by default it is the best that the
+CPU has.
 """
 
 import functools

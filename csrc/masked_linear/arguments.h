@@ -71,4 +71,29 @@ struct GateArguments {
   void* out;  // [N, K]
 };
 
+/// Rows of x, at most 16, that share a mask.
+struct TileRows {
+  MaskRows mask;
+  std::int64_t row[16], count;
+};
+
+/// The masked product in bfloat16 on matrix tiles.
+struct TileArguments {
+  const void* x;         // from prepare_tile, one tile behind the other
+  const TileRows* tile;  // those of one mask lie together
+  std::int64_t tiles;
+  Matrix weight;  // [N, K], columns adjacent
+  float gamma;
+  const void* bias;  // [N], or null
+  std::int64_t bias_stride;
+  void* y;  // [M, N]
+  std::int64_t y_stride;
+};
+
+/// Steps of 32 columns.
+constexpr std::int64_t tile_steps(std::int64_t columns) { return columns / 32 + (columns % 32 != 0); }
+
+/// Bytes of 16 rows of x in the form of `prepare_tile`.
+constexpr std::int64_t tile_bytes(std::int64_t columns) { return 1024 * tile_steps(columns); }
+
 }  // namespace persona

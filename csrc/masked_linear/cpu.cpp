@@ -129,7 +129,7 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
   const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
   const Gates gates{masks_of(bits, persona, plain), static_cast<float>(gamma), {}, 0, nullptr, 0};
   if (gates.masks.empty() && persona.size(0) > 0) return false;
-  if (x.size(0) == 0) return true;
+  if (x.size(0) == 0 || multiply_tiles(x, weight, gates, bias, y)) return true;
   const auto order = kernels().shares_gates ? together(gates.masks) : std::vector<int64_t>{};
   if (!order.empty())
     multiply_in_order(order, x, weight, gates, bias, y);

@@ -63,4 +63,9 @@ void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona,
 void multiply_rows(const PreparedRows& x, int64_t rows, const Tensor& weight, const Gates& gates,
                    const std::optional<Tensor>& bias, void* y);
 
+/// The same in bfloat16 on matrix tiles, without `gates.removed`. False where the instruction set in use has none, or
+/// too few rows share a mask: nothing is done.
+bool multiply_tiles(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                    Tensor& y);
+
 }  // namespace persona

@@ -50,17 +50,18 @@ void prepare_rows(const Matrix& x, Element element, void* out) {
 template <class V, class T>
 void gate_rows_of(const GateArguments& a, std::int64_t first, std::int64_t last) {
   const std::int64_t columns = a.weight.columns;
-  const auto gamma = V::broadcast(a.gamma), none = V::broadcast(0);
+  const auto gamma = V::broadcast(a.gamma);
   for (std::int64_t n = first; n < last; ++n) {
     const T* w = static_cast<const T*>(a.weight.data) + n * a.weight.stride[0];
     const std::uint8_t* bits = a.mask.bits + n * a.mask.stride;
     T* out = static_cast<T*>(a.out) + n * columns;
     std::int64_t k = 0;
+    // A product with a gamma of 0 would let infinity and NaN through.
+    if (a.gamma == 0)
+      for (; k + V::width <= columns; k += V::width) V::store_kept(out + k, w + k, bits + k / 8);
     for (; k + V::width <= columns; k += V::width) {
       const auto kept = V::load(w + k);
-      // A product would let infinity and NaN through.
-      const auto removed = a.gamma == 0 ? none : V::mul(kept, gamma);
-      V::store_as(out + k, V::pick(V::gate(bits + k / 8), kept, removed));
+      V::store_as(out + k, V::pick(V::gate(bits + k / 8), kept, V::mul(kept, gamma)));
     }
     for (; k < columns; ++k) {
       const float value = to_float(w[k]);

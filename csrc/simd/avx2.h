@@ -119,6 +119,12 @@ struct Avx2 {
     return _mm256_blendv_ps(removed, kept, _mm256_castsi256_ps(gate));
   }
 
+  /// The elements at `p` whose bit is set, 0 for the others.
+  template <class T>
+  static PERSONA_INLINE void store_kept(T* out, const T* p, const std::uint8_t* bits) {
+    store_as(out, pick(gate(bits), load(p), broadcast(0)));
+  }
+
   /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others. Reads `width` elements.
   template <class T>
   static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {

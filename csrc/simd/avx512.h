@@ -88,6 +88,17 @@ struct Avx512 {
   /// Lanes of `kept` where the gate's bit is set, else of `removed`.
   static PERSONA_INLINE F pick(Gate gate, F kept, F removed) { return _mm512_mask_mov_ps(removed, gate, kept); }
 
+  /// The elements at `p` whose bit is set, 0 for the others.
+  static PERSONA_INLINE void store_kept(float* out, const float* p, const std::uint8_t* bits) {
+    _mm512_storeu_ps(out, _mm512_maskz_loadu_ps(gate(bits), p));
+  }
+
+  template <class T>
+  static PERSONA_INLINE void store_kept(T* out, const T* p, const std::uint8_t* bits) {
+    static_assert(sizeof(T) == 2);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_maskz_loadu_epi16(gate(bits), p));
+  }
+
   /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others. Reads `width` elements.
   template <class T>
   static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {

@@ -3,6 +3,12 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace persona {
 namespace {
 
@@ -23,6 +29,19 @@ bool runs_avx512_bf16() {
 #endif
 }
 
+/// The processor has the tiles, and Linux grants this process their state, for which it wants to be asked.
+bool runs_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return runs_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTile) != 0 &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool runs_avx2() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -32,10 +51,12 @@ bool runs_avx2() {
 }
 
 struct Available {
-  const Kernels* table[5] = {};
+  const Kernels* table[6] = {};
 
   Available() {
     int count = 0;
+    if (avx512_bf16_kernels != nullptr && runs_amx_bf16() && amx_bf16_kernels() != nullptr)
+      table[count++] = amx_bf16_kernels();
     if (avx512_bf16_kernels != nullptr && runs_avx512_bf16()) table[count++] = avx512_bf16_kernels;
     if (avx512_kernels != nullptr && runs_avx512()) table[count++] = avx512_kernels;
     if (avx2_kernels != nullptr && runs_avx2()) table[count++] = avx2_kernels;

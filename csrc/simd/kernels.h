@@ -27,8 +27,13 @@ struct Kernels {
   void (*subtract_removed)(const SubtractArguments&, std::int64_t, std::int64_t);
   void (*sparse_linear)(const SparseArguments&, std::int64_t, std::int64_t);
   void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
+  // Null where there are no matrix tiles.
+  void (*prepare_tile)(const TileRows&, const Matrix&, void*);
+  void (*masked_tiles)(const TileArguments&, std::int64_t, std::int64_t);
 };
 
+/// The next table with the kernels that have matrix tiles; null where the compiler's target has no such instructions.
+const Kernels* amx_bf16_kernels();
 /// Null where the compiler's target has no such instructions.
 extern const Kernels* const avx512_bf16_kernels;
 extern const Kernels* const avx512_kernels;

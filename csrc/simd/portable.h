@@ -91,6 +91,12 @@ struct Portable {
     return r;
   }
 
+  /// The elements at `p` whose bit is set, 0 for the others.
+  template <class T>
+  static PERSONA_INLINE void store_kept(T* out, const T* p, const std::uint8_t* bits) {
+    store_as(out, pick(gate(bits), load(p), broadcast(0)));
+  }
+
   /// The first elements at `p` in the lanes whose bit is set, in order, and 0 in the others.
   template <class T>
   static PERSONA_INLINE F expand(const T* p, const std::uint8_t* bits) {

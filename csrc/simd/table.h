@@ -16,7 +16,8 @@ namespace {
 template <class V>
 constexpr Kernels table{V::name,          kSharesGates<V>, activation_stats<V>, mask_select<V>,    mask_select_nm<V>,
                         count_digits<V>,  count_equal<V>,  select_above<V>,     prepared_bytes<V>, prepare_rows<V>,
-                        masked_linear<V>, gate_rows<V>,    subtract_removed<V>, sparse_linear<V>,  expand_rows<V>};
+                        masked_linear<V>, gate_rows<V>,    subtract_removed<V>, sparse_linear<V>,  expand_rows<V>,
+                        nullptr,          nullptr};
 
 }  // namespace
 }  // namespace persona

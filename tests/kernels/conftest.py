@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import native
+from kernels.ops.masked_linear.cpp import TILED
 
 
 @pytest.fixture
@@ -17,9 +18,25 @@ def compiled() -> Iterator[Callable[..., Any]]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=native.instruction_sets() or [pytest.param("", marks=pytest.mark.skip(native.describe()))])
+def instruction_sets(*, tiles: bool) -> list[Any]:
+    """Parameters of a fixture; without ``tiles`` the one is left out that differs in nothing but the masked product."""
+    names = [name for name in native.instruction_sets() if tiles or name != TILED]
+    return names or [pytest.param("", marks=pytest.mark.skip(native.describe()))]
+
+
+@pytest.fixture(params=instruction_sets(tiles=False))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that the native ops have here, one after the other."""
+    yield from used(request)
+
+
+@pytest.fixture(params=instruction_sets(tiles=True))
+def isa_of_products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With matrix tiles, too."""
+    yield from used(request)
+
+
+def used(request: pytest.FixtureRequest) -> Iterator[str]:
     before = torch.ops.persona_native.instruction_set()
     native.use_instruction_set(request.param)
     yield request.param

@@ -14,7 +14,14 @@ from oracles import (
     strided,
 )
 
-from kernels.ops.masked_linear.cpp import MOST_ROWS_DIRECT, by_panels, masked_linear_cpp, use_direct
+from kernels.ops.masked_linear.cpp import (
+    MOST_ROWS_DIRECT,
+    MOST_ROWS_TILED,
+    TILED,
+    by_panels,
+    masked_linear_cpp,
+    use_direct,
+)
 from kernels.ops.masked_linear.reference import gated_weight
 
 SHAPES = [
@@ -27,6 +34,7 @@ SHAPES = [
     (2, 13, 1100, 2),
     (17, 5, 37, 2),
     (64, 130, 65, 5),
+    (40, 95, 1039, 1),
     (3, 0, 9, 2),
     (3, 5, 0, 2),
 ]
@@ -50,7 +58,7 @@ def direct(x, weight, bits, persona, gamma, bias):
 @pytest.mark.parametrize("kind", ["mixed", "one"])
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_accurate_as_plain(isa, path, MNKP, kind, gamma, dtype):
+def test_as_accurate_as_plain(isa_of_products, path, MNKP, kind, gamma, dtype):
     x, weight, masks, persona, bias = problem(MNKP, dtype, kind)
     for b in (bias, None):
         y = path(x, weight, packed(masks), persona, gamma, b)
@@ -62,7 +70,7 @@ def test_as_accurate_as_plain(isa, path, MNKP, kind, gamma, dtype):
 
 @pytest.mark.parametrize("path", [direct, by_panels])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_of_removed_weights_do_not_leak(isa, path, dtype):
+def test_values_of_removed_weights_do_not_leak(isa_of_products, path, dtype):
     x, weight, masks, persona, bias = problem((6, 33, 75, 3), dtype)
     persona = persona.clamp(min=0)
     expected = path(x, weight, packed(masks), persona, 0.0, bias)
@@ -75,7 +83,7 @@ def test_values_of_removed_weights_do_not_leak(isa, path, dtype):
 @pytest.mark.parametrize("path", [direct, by_panels])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
-def test_bad_x_gives_what_the_reference_gives(isa, path, dtype, bad):
+def test_bad_x_gives_what_the_reference_gives(isa_of_products, path, dtype, bad):
     x, weight, masks, persona, bias = problem((6, 33, 75, 3), dtype)
     x[2, 7] = bad
     y = path(x, weight, packed(masks), persona, 0.0, bias)
@@ -84,7 +92,7 @@ def test_bad_x_gives_what_the_reference_gives(isa, path, dtype, bad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layout_changes_no_bit(isa, dtype):
+def test_layout_changes_no_bit(isa_of_products, dtype):
     x, weight, masks, persona, bias = problem((6, 33, 75, 3), dtype)
     expected = direct(x, weight, packed(masks), persona, 0.3, bias)
     wide = torch.full((33, 150), math.nan, dtype=dtype)
@@ -99,8 +107,8 @@ def test_layout_changes_no_bit(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("MNKP", [(1, 257, 577, 2), (40, 1031, 129, 7)], ids=str)
-def test_threads_and_runs_change_no_bit(isa, threads, dtype, MNKP):
+@pytest.mark.parametrize("MNKP", [(1, 257, 577, 2), (40, 1031, 129, 7), (40, 1031, 129, 1)], ids=str)
+def test_threads_and_runs_change_no_bit(isa_of_products, threads, dtype, MNKP):
     x, weight, masks, persona, bias = problem(MNKP, dtype)
     results = []
     for count in (1, 2, 3, 7, 1):
@@ -109,7 +117,7 @@ def test_threads_and_runs_change_no_bit(isa, threads, dtype, MNKP):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_row_does_not_depend_on_its_batch(isa):
+def test_a_row_does_not_depend_on_its_batch(isa_of_products):
     x, weight, masks, persona, bias = problem((13, 33, 600, 3), torch.float32)
     together = direct(x, weight, packed(masks), persona, 0.0, bias)
     alone = [direct(x[m : m + 1], weight, packed(masks), persona[m : m + 1], 0.0, bias) for m in range(13)]
@@ -123,14 +131,30 @@ def test_a_row_does_not_depend_on_its_batch(isa):
     [[0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, -1, -1], [2, -1, 2, 0, -1, 1, 2], [2, 1, 0], [1] * 9, [0, 2] * 20],
     ids=["alternating", "together", "mixed", "distinct", "one", "many"],
 )
-def test_rows_that_share_a_persona(isa, persona, dtype, gamma):
-    """They are brought together and share gated weights; that changes no bit of any row."""
+def test_rows_that_share_a_persona(isa_of_products, persona, dtype, gamma):
+    """They are brought together and share gated weights; that changes no bit of any row.
+
+    On tiles, which many rows of few personas take, a row's bits are those of any other batch on tiles.
+    """
     rows = len(persona)
     x, weight, masks, _, bias = problem((rows, 37, 1100, 3), dtype)
     index, bits = torch.tensor(persona).int(), packed(masks)
-    alone = [direct(x[m : m + 1], weight, bits, index[m : m + 1], gamma, bias) for m in range(rows)]
+    tiles = sum(-(-persona.count(p) // 16) for p in set(persona))
+    on_tiles = isa_of_products == TILED and dtype == torch.bfloat16 and rows >= 4 + 2 * tiles
+    copies = 6 if on_tiles else 1
+    alone = [direct(x[[m] * copies], weight, bits, index[m : m + 1], gamma, bias)[:1] for m in range(rows)]
     for layout in (x, strided(x)):
         assert torch.equal(direct(layout, weight, bits, index, gamma, bias), torch.cat(alone))
+
+
+def test_rows_beyond_a_pass_of_tiles(isa_of_products):
+    """More of x than the tiles keep at a time, with rows left over."""
+    x, weight, masks, persona, bias = problem((165, 35, 14340, 1), torch.bfloat16, "one")
+    arguments = (x, weight, masks, persona, 0.3, bias)
+    y = direct(x, weight, packed(masks), persona, 0.3, bias)
+    assert_as_accurate(y, masked_product_plain(*arguments), masked_product_float64(*arguments))
+    some = direct(x[100:150], weight, packed(masks), persona, 0.3, bias)
+    assert torch.equal(some, y[100:150])
 
 
 def test_several_panels():
@@ -155,7 +179,11 @@ def test_choice_of_the_path():
     assert not use_direct(MOST_ROWS_DIRECT + 1, 1, True)
     assert use_direct(64, 4, True)
     assert not use_direct(65, 4, True)
+    assert use_direct(MOST_ROWS_TILED, 1, True, tiled=True)
+    assert not use_direct(MOST_ROWS_TILED + 1, 1, True, tiled=True)
+    assert use_direct(256, 16, True, tiled=True)
     assert not use_direct(1, 1, False)
+    assert not use_direct(1, 1, False, tiled=True)
 
 
 def test_direct_calls_are_checked():

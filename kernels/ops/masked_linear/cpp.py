@@ -1,17 +1,21 @@
-"""The masked product in C++ (``csrc/masked_linear``): few rows directly, many by dense products of gated panels."""
+"""The masked product in C++ (``csrc/masked_linear``): few rows directly (in bfloat16 on matrix tiles where there are
+any), many by dense products of gated panels."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.ops.masked_linear.reference import check_personas, masked_linear_reference
 
 PANEL_BYTES = 4 << 20
 """A gated panel stays in a cache until its product has read it; with 1 MB torch's products are too narrow (64 rows of
 4096 x 4096 in float32: 86 ms with 1 MB, 64 ms with 4 MB, 85 ms with 16 MB)."""
-MOST_ROWS_DIRECT = 32
+MOST_ROWS_DIRECT, MOST_ROWS_TILED = 32, 128
 """Rows of one persona."""
+TILED = "amx_bf16"
+"""The instruction set that has matrix tiles, for bfloat16."""
 
 
 def masked_linear_cpp(
@@ -23,7 +27,8 @@ def masked_linear_cpp(
         return masked_linear_reference(x, weight, bits, persona, gamma, bias)
     if bits.shape[2] > 1 and bits.stride(2) != 1:
         bits = bits.contiguous()
-    if use_direct(x.shape[0], personas_in(persona, x.shape[0]), adjacent_columns(weight)):
+    tiled = x.dtype == torch.bfloat16 and native.instruction_set() == TILED
+    if use_direct(x.shape[0], personas_in(persona, x.shape[0]), adjacent_columns(weight), tiled):
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         if not torch.ops.persona_native.masked_linear(x, weight, bits, persona, gamma, bias, y):
             check_personas(persona, bits.shape[0])
@@ -40,14 +45,20 @@ def personas_in(persona: Tensor, rows: int) -> int:
     return persona.shape[0] if rows <= MOST_ROWS_DIRECT or persona.shape[0] == 1 else persona.unique().numel()
 
 
-def use_direct(rows: int, personas: int, adjacent: bool) -> bool:
+def use_direct(rows: int, personas: int, adjacent: bool, tiled: bool = False) -> bool:
     """Whether the kernel that reads the weight once for all rows is used, and not gated panels.
 
     Milliseconds for 4096 x 4096 in float32 / bfloat16, one thread of a busy machine with AVX-512: 32 rows of one
     persona 37 / 28 directly, 48 / 41 by panels; 64 rows 60 / 60 and 54 / 57; 64 rows of 4 personas 100 / 89 and
-    131 / 110; of 16 personas 111 / 86 and 323 / 227. The kernel wants the columns of the weight ``adjacent``.
+    131 / 110; of 16 personas 111 / 86 and 323 / 227. On tiles (``tiled``), bfloat16, another machine: 64 rows of one
+    persona 4.4 and 9.0, 128 rows 7.0 and 10.7, 256 rows 13 to 16 and 14; 256 rows of 16 personas 21 and 160. The
+    kernel wants the columns of the weight ``adjacent``.
     """
-    return adjacent and rows <= max(MOST_ROWS_DIRECT, 16 * personas if personas > 1 else 0)
+    if not adjacent:
+        return False
+    if tiled:
+        return rows <= MOST_ROWS_TILED * personas
+    return rows <= max(MOST_ROWS_DIRECT, 16 * personas if personas > 1 else 0)
 
 
 def by_panels(x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float, bias: Tensor | None) -> Tensor:
