@@ -73,9 +73,12 @@ PERSONA_INLINE void copy_bits(const MaskedArguments& a, std::int64_t m, std::int
     }
 }
 
+/// One gated weight for all rows of x; one for each; or products of each that leave out what is removed.
+enum class Gating { shared, own, fused };
+
 /// Adds the products of `R` rows of the weight and `C` rows of x. `bits` are the masks of the first of these, each
 /// row's `MaskedWork::bytes` behind the one before.
-template <class V, class T, int R, int C, bool shared, bool soft, bool fetch, class Bits>
+template <class V, class T, int R, int C, Gating gating, bool soft, bool fetch, class Bits>
 PERSONA_INLINE void add_strip(const T* const* weight, const typename Product<V, T>::X* x, std::int64_t x_stride,
                               const Bits* bits, std::int64_t offset, std::int64_t columns, float gamma,
                               typename V::F (*sum)[kRowsTogether]) {
@@ -83,29 +86,37 @@ PERSONA_INLINE void add_strip(const T* const* weight, const typename Product<V, 
   typename V::F local[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) local[c][r] = sum[c][r];
-  for (std::int64_t k = 0; k < columns; k += P::step) {
+  const std::uint8_t* first_bits = bits[0][0] + offset / 8;
+  for (std::int64_t k = 0; k < columns; k += P::step, first_bits += P::step / 8) {
+    // One pointer and constant distances: the compiler would rather keep sixteen pointers, on the stack.
+    PERSONA_OPAQUE(first_bits);
+    const auto bits_of = [&](int c, int r) { return first_bits + c * sizeof(Bits) + r * sizeof(bits[0][0]); };
     const auto gated = [&](int c, int r, typename P::W kept, typename P::W removed) {
-      return P::pick(bits[c][r] + (offset + k) / 8, kept, removed);
+      return P::pick(bits_of(c, r), kept, removed);
     };
     typename P::W kept[R], removed[R];
     for (int r = 0; r < R; ++r) {
       kept[r] = P::load(weight[r] + k);
       if constexpr (fetch) __builtin_prefetch(weight[r] + k + strip_columns<T>());
       removed[r] = soft ? P::scale(kept[r], gamma) : P::none();
-      if (shared) kept[r] = gated(0, r, kept[r], removed[r]);
+      if (gating == Gating::shared) kept[r] = gated(0, r, kept[r], removed[r]);
     }
     for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) {
-        const auto w = shared ? kept[r] : gated(c, r, kept[r], removed[r]);
-        local[c][r] = P::multiply_add(w, x + c * x_stride + k, local[c][r]);
-      }
+      for (int r = 0; r < R; ++r)
+        if constexpr (gating == Gating::fused) {
+          local[c][r] = P::multiply_add_kept(bits_of(c, r), kept[r], x + c * x_stride + k, local[c][r]);
+        } else {
+          const auto w = gating == Gating::shared ? kept[r] : gated(c, r, kept[r], removed[r]);
+          local[c][r] = P::multiply_add(w, x + c * x_stride + k, local[c][r]);
+        }
   }
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) sum[c][r] = local[c][r];
 }
 
-/// Which of the rows of x that a strip meets together have one mask: all rows of x one, some groups, or none.
-enum class Alike { all, some, none };
+/// Which of the rows of x that a strip meets together have one mask: all rows of x one, some groups, or none; or none,
+/// and x is finite: a removed weight is then as good as left out.
+enum class Alike { all, some, none, none_finite };
 
 /// Whether `C` rows of x have the mask of row m, the first of them.
 template <int C>
@@ -115,8 +126,8 @@ PERSONA_INLINE bool alike(const MaskedArguments& a, std::int64_t m) {
   return true;
 }
 
-/// One strip against `C` rows of x, from row m on. `shared`: all have the mask of row `mask`.
-template <class V, class T, int R, int C, bool shared, bool soft>
+/// One strip against `C` rows of x, from row m on. `mask`: the row whose mask is theirs, or that of the first.
+template <class V, class T, int R, int C, Gating gating, bool soft>
 PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, std::int64_t mask, Place p,
                                   std::int64_t apart, int turn, MaskedWork<V, T>& work) {
   using P = Product<V, T>;
@@ -127,9 +138,9 @@ PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, std:
   for (int r = 0; r < R; ++r)
     weight[r] = static_cast<const T*>(a.weight.data) + (p.n + r * apart) * a.weight.stride[0] + p.k;
   if (m == 0)
-    add_strip<V, T, R, C, shared, soft, true>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
+    add_strip<V, T, R, C, gating, soft, true>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
   else
-    add_strip<V, T, R, C, shared, soft, false>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
+    add_strip<V, T, R, C, gating, soft, false>(weight, x, x_stride, bits, 0, whole, a.gamma, work.sum + m);
   if (whole == p.width) return;
   // The last columns, continued by zeros: nothing behind a row is read.
   for (int r = 0; r < R; ++r) {
@@ -137,7 +148,7 @@ PERSONA_INLINE void add_rows_of_x(const MaskedArguments& a, std::int64_t m, std:
     std::memcpy(work.rest[r], weight[r] + whole, static_cast<std::size_t>(p.width - whole) * sizeof(T));
     weight[r] = work.rest[r];
   }
-  add_strip<V, T, R, C, shared, soft, false>(weight, x + whole, x_stride, bits, whole, P::step, a.gamma, work.sum + m);
+  add_strip<V, T, R, C, gating, soft, false>(weight, x + whole, x_stride, bits, whole, P::step, a.gamma, work.sum + m);
 }
 
 /// One strip against rows m to m + C of x, meanwhile the masks of the next strip for them.
@@ -148,11 +159,12 @@ PERSONA_INLINE void turn_of(const MaskedArguments& a, std::int64_t m, Place p, P
   const std::int64_t count = masks == Alike::all ? (m == 0 ? 1 : 0) : one ? 1 : C;
   fetch_bits<R>(a, m, count, next, apart, 2 * MaskedWork<V, T>::bytes);
   if constexpr (masks == Alike::all)
-    add_rows_of_x<V, T, R, C, true, soft>(a, m, 0, p, apart, turn, work);
+    add_rows_of_x<V, T, R, C, Gating::shared, soft>(a, m, 0, p, apart, turn, work);
   else if (one)
-    add_rows_of_x<V, T, R, C, true, soft>(a, m, m, p, apart, turn, work);
+    add_rows_of_x<V, T, R, C, Gating::shared, soft>(a, m, m, p, apart, turn, work);
   else
-    add_rows_of_x<V, T, R, C, false, soft>(a, m, m, p, apart, turn, work);
+    add_rows_of_x<V, T, R, C, masks == Alike::none_finite ? Gating::fused : Gating::own, soft>(a, m, m, p, apart, turn,
+                                                                                               work);
   if (next.width > 0) copy_bits<R>(a, m, count, next, apart, work.masks[1 - turn].bits);
 }
 
@@ -225,6 +237,14 @@ void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t
                : masked_linear_of<V, T, masks, true>(a, first, last);
 }
 
+/// Whether `count` values, a multiple of `kStep`, are finite.
+template <class V>
+bool all_finite(const float* x, std::int64_t count) {
+  auto sum = V::broadcast(0);
+  for (std::int64_t i = 0; i < count; i += V::width) sum = V::multiply_add(V::load(x + i), V::broadcast(0), sum);
+  return V::sum(sum) == 0;
+}
+
 template <class V, class T>
 void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t last) {
   if (a.shared) return masked_linear_of<V, T, Alike::all>(a, first, last);
@@ -232,6 +252,9 @@ void masked_linear_of(const MaskedArguments& a, std::int64_t first, std::int64_t
   if constexpr (kSharesGates<V>)
     for (std::int64_t m = 0; a.gamma == 0 && m + kRowsOfX<V> <= a.rows; m += kRowsOfX<V>)
       if (alike<kRowsOfX<V>>(a, m)) return masked_linear_of<V, T, Alike::some, false>(a, first, last);
+  if constexpr (Product<V, T>::fuses_gates)
+    if (a.gamma == 0 && all_finite<V>(static_cast<const float*>(a.x), a.rows * padded_steps(a.weight.columns)))
+      return masked_linear_of<V, T, Alike::none_finite, false>(a, first, last);
   masked_linear_of<V, T, Alike::none>(a, first, last);
 }
 

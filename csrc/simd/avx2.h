@@ -31,6 +31,7 @@ alignas(64) constexpr Expansion expansion;
 struct Avx2 {
   static constexpr const char* name = "avx2";
   static constexpr int width = 8, registers = 16;
+  static constexpr bool fuses_gates = false;
   using F = __m256;
   using I = __m256i;
 

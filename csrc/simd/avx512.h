@@ -11,6 +11,7 @@ namespace {
 struct Avx512 {
   static constexpr const char* name = "avx512";
   static constexpr int width = 16, registers = 32;
+  static constexpr bool fuses_gates = true;
   using F = __m512;
   using I = __m512i;
 
@@ -87,6 +88,8 @@ struct Avx512 {
 
   /// Lanes of `kept` where the gate's bit is set, else of `removed`.
   static PERSONA_INLINE F pick(Gate gate, F kept, F removed) { return _mm512_mask_mov_ps(removed, gate, kept); }
+
+  static PERSONA_INLINE F multiply_add_kept(Gate gate, F a, F b, F c) { return _mm512_mask3_fmadd_ps(a, b, c, gate); }
 
   /// The elements at `p` whose bit is set, 0 for the others.
   static PERSONA_INLINE void store_kept(float* out, const float* p, const std::uint8_t* bits) {

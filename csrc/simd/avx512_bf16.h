@@ -17,6 +17,7 @@ struct Product<Avx512Bf16, bf16> {
   using X = bf16;
   using W = __m512i;
   static constexpr int step = 32;
+  static constexpr bool fuses_gates = false;
 
   static PERSONA_INLINE W load(const bf16* p) { return _mm512_loadu_si512(p); }
 

@@ -8,6 +8,8 @@
 #include <cstring>
 
 #define PERSONA_INLINE inline __attribute__((always_inline))
+/// The compiler forgets where the pointer comes from.
+#define PERSONA_OPAQUE(pointer) __asm__("" : "+r"(pointer))
 
 namespace persona {
 

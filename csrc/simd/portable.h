@@ -9,6 +9,7 @@ namespace {
 struct Portable {
   static constexpr const char* name = "portable";
   static constexpr int width = 8, registers = 16;
+  static constexpr bool fuses_gates = false;
 
   struct F {
     float lane[width];

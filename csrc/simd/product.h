@@ -12,6 +12,7 @@ struct Product {
   using X = float;
   using W = typename V::F;
   static constexpr int step = V::width;
+  static constexpr bool fuses_gates = V::fuses_gates;
 
   static PERSONA_INLINE W load(const T* p) { return V::load(p); }
   static PERSONA_INLINE W scale(W w, float gamma) { return V::mul(w, V::broadcast(gamma)); }
@@ -20,6 +21,11 @@ struct Product {
   /// See `kBitsBehind`.
   static PERSONA_INLINE W pick(const std::uint8_t* bits, W kept, W removed) {
     return V::pick(V::quick_gate(bits), kept, removed);
+  }
+
+  /// `sum`, where the bit is set plus `w` times x. With `fuses_gates` alone.
+  static PERSONA_INLINE typename V::F multiply_add_kept(const std::uint8_t* bits, W w, const X* x, typename V::F sum) {
+    return V::multiply_add_kept(V::quick_gate(bits), w, V::load(x), sum);
   }
 
   static PERSONA_INLINE W expand(const T* p, const std::uint8_t* bits) { return V::expand(p, bits); }
