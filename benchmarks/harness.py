@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -225,19 +224,17 @@ def here() -> str:
 
 
 def implementations(op: str, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """``run`` by the backend that ``op`` chooses here; on a GPU by the compiled one that runs only on request, too."""
-    names = [backends.choose(op, here())]
-    if here() == "cuda":
-        names += [name for name in backends.ON_REQUEST if backends.explain()[op].get(name, "").startswith("present")]
+    """``run`` by the backend that ``op`` chooses here; on a GPU by Triton, too."""
+    chosen = backends.choose(op, here())
 
-    def by(name: str) -> Callable[[], Any]:
-        def forced() -> Any:
-            with mock.patch.dict(os.environ, {backends.ENVIRONMENT: f"{op}={name}"}):
-                return run()
+    def by_triton() -> Any:
+        os.environ[backends.ENVIRONMENT] = f"{op}=triton"
+        try:
+            return run()
+        finally:
+            del os.environ[backends.ENVIRONMENT]
 
-        return forced
-
-    return {names[0]: run} | {name: by(name) for name in names[1:]}
+    return {chosen: run} if chosen != "cuda" else {chosen: run, "triton": by_triton}
 
 
 def rotating(make: Callable[[], Any], nbytes: int, limit: int = BEYOND_CACHES) -> Iterator[Any]:

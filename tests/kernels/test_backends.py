@@ -46,22 +46,22 @@ def test_preference_not_order_of_registration(ops):
     assert backends.choose("op", "cuda") == "cpp"
 
 
-def test_a_backend_on_request_runs_only_where_forced(ops):
-    backends.register("other", "cuda", make("other cuda"), devices=("cuda",))
-    assert backends.choose("other", "cuda") == "reference"
-    assert backends.explain()["other"]["cuda"] == "present, only where PERSONA_BACKEND forces it"
-    ops("other=cuda")
-    assert backends.implementation("other", "cuda")() == "other cuda"
-    assert backends.choose("op", "cuda") == "triton"
-    with pytest.raises(backends.BackendError, match="forces 'cuda' for 'other', which does not run on 'cpu'"):
-        backends.choose("other", "cpu")
+def test_compiled_cuda_comes_before_triton(ops):
+    backends.register("op", "cuda", make("op cuda"), devices=("cuda",))
+    assert backends.choose("op", "cuda") == "cuda"
+    assert backends.explain()["op"]["cuda"] == "present"
+    ops("op=cuda")
+    with pytest.raises(backends.BackendError, match="forces 'cuda' for 'op', which does not run on 'cpu'"):
+        backends.choose("op", "cpu")
 
 
-def test_a_missing_backend_on_request_is_missed_by_nobody(ops):
-    backends.register_missing("other", "cuda", "built without CUDA", devices=("cuda",))
+def test_without_compiled_cuda_it_is_said_what_is_slower(ops):
+    backends.register_missing("op", "cuda", "built without CUDA", devices=("cuda",))
+    with pytest.warns(UserWarning, match="op: backend 'cuda' is missing, a slower one is used: built without CUDA"):
+        assert backends.choose("op", "cuda") == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("other", "cuda") == "reference"
+        backends.choose("other", "cuda")
 
 
 def test_missing_backend_warns_once(ops):
@@ -110,7 +110,7 @@ def test_forcing(ops, value, chosen):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("fast", "unknown backend 'fast'; known are cpp, triton, reference, cuda"),
+        ("fast", "unknown backend 'fast'; known are cpp, cuda, triton, reference"),
         ("op=fast", "unknown backend 'fast'"),
         ("op=", "unknown backend ''"),
         ("cpp", "PERSONA_BACKEND forces 'cpp' for 'op', which is missing: run make build"),

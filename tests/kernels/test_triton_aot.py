@@ -104,8 +104,25 @@ def linear_arguments(kind):
         **{"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}", "bits_ptr": "*u8", "persona_ptr": "*i32"},
         **{"bias_ptr": f"*{kind}", "y_ptr": f"*{kind}", "stride_xm": "i32", "stride_xk": 1, "stride_wn": "i32"},
         **{"stride_wk": 1, "stride_bp": "i32", "stride_bn": "i32", "stride_bb": 1, "stride_pm": 1},
-        **{"stride_bias": 1, "M": "i32?", "N": "i32", "K": "i32", "P": "i32?", "gamma": "fp32"},
+        **{"stride_bias": 1, "M": "i32?", "N": "i32", "K": "i32", "P": "i32?", "gamma": "fp32", "SOFT": False},
     }
+
+
+def tile_arguments(kind):
+    left = {name: value for name, value in linear_arguments(kind).items() if "bias" not in name and name != "y_ptr"}
+    return left | {"part_ptr": "*fp32", "splits": "i32?", "span": "i32"}
+
+
+def gate_arguments(kind):
+    taken = linear_arguments(kind)
+    used = set(linear._gate_kernel.arg_names)
+    left = {name: value for name, value in taken.items() if name in used}
+    return left | {"out_ptr": f"*{kind}", "BLOCK_G": linear.GATE_GROUPS}
+
+
+def sum_arguments(kind):
+    pointers = {"part_ptr": "*fp32", "bias_ptr": f"*{kind}", "y_ptr": f"*{kind}"}
+    return pointers | {"stride_bias": 1, "MN": "i32", "N": "i32", "splits": "i32?", "BLOCK": linear.SUM_BLOCK}
 
 
 def sparse_arguments(kind):
@@ -215,10 +232,23 @@ def test_linear_row(kind, capability):
 @pytest.mark.parametrize("kind", ["bf16", pytest.param("fp16", marks=slow), "fp32"])
 def test_linear_tile(kind, rows, capability):
     blocks, warps = with_warps(linear.tile_of(rows, FLOATS[kind]))
-    usage = compile_kernel(linear._tile_kernel, linear_arguments(kind) | blocks, capability, warps)
+    usage = compile_kernel(linear._tile_kernel, tile_arguments(kind) | blocks, capability, warps)
     assert usage.spill == 0
     assert usage.widest_load() == 16
     assert ("mma" in usage.ptx) == (kind != "fp32"), "float32 is not for tf32, half precision is for tensor cores"
+
+
+@targets
+@pytest.mark.parametrize("soft", [False, True])
+def test_gate(soft, capability):
+    usage = compile_kernel(linear._gate_kernel, gate_arguments("bf16") | {"SOFT": soft}, capability)
+    assert usage.spill == 0
+    assert usage.widest_load() == 16
+
+
+@targets
+def test_sum_of_splits(capability):
+    assert compile_kernel(linear._sum_kernel, sum_arguments("bf16"), capability).spill == 0
 
 
 @targets
@@ -257,9 +287,11 @@ ONES = {
     "row": (linear._row_kernel, linear_arguments("fp16") | with_warps(linear.ROW_BLOCK)[0], ("M", "N", "K", "P")),
     "tile": (
         linear._tile_kernel,
-        linear_arguments("fp16") | with_warps(linear.tile_of(16, torch.float16))[0],
-        ("N", "K", "P"),
+        tile_arguments("fp16") | with_warps(linear.tile_of(16, torch.float16))[0],
+        ("N", "K", "P", "splits"),
     ),
+    "gate": (linear._gate_kernel, gate_arguments("fp16"), ("N", "K", "P")),
+    "sum": (linear._sum_kernel, sum_arguments("fp16"), ("MN", "N", "splits")),
     "sparse row": (sparse._row_kernel, sparse_arguments("fp16") | with_warps(sparse.ROW_BLOCK)[0], ("M", "N", "K")),
     "sparse tile": (
         sparse._tile_kernel,
@@ -282,8 +314,7 @@ def test_arguments_of_one_compile(name):
 
 
 @slow
-@pytest.mark.parametrize("kernel", [linear._row_kernel, linear._tile_kernel], ids=["row", "tile"])
-def test_linear_without_bias_compiles(kernel):
-    blocks = linear.ROW_BLOCK if kernel is linear._row_kernel else linear.tile_of(16, torch.bfloat16)
-    arguments = linear_arguments("bf16") | {"bias_ptr": None} | with_warps(blocks)[0]
-    assert compile_kernel(kernel, arguments, 90).spill == 0
+@pytest.mark.parametrize("name", ["row", "sum"])
+def test_linear_without_bias_compiles(name):
+    kernel, arguments, _ = ONES[name]
+    assert compile_kernel(kernel, arguments | {"bias_ptr": None}, 90).spill == 0

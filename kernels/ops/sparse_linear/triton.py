@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops.masked_linear.triton import launch, multiply_add
+from kernels.ops.masked_linear.triton import multiply_add, tile_of
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
-ROW_BLOCK = {"BLOCK_N": 4, "BLOCK_G": 64, "num_warps": 4}
+ROW_BLOCK = {"BLOCK_N": 1, "BLOCK_G": 128, "num_warps": 1}
 
 
 @triton.jit
@@ -120,5 +120,10 @@ def sparse_linear_triton(x: Tensor, values: Tensor, bits: Tensor, offsets: Tenso
         x, values.contiguous(), bits, offsets, bias, y, *x.stride(), *bits.stride(), offsets.stride(0),
         0 if bias is None else bias.stride(0), M, N, K,
     )  # fmt: skip
-    launch((_row_kernel, _tile_kernel), ROW_BLOCK, use_rows(M), x, N, arguments)
+    with torch.cuda.device_of(x):
+        if use_rows(M):
+            _row_kernel[(M * triton.cdiv(N, ROW_BLOCK["BLOCK_N"]),)](*arguments, **ROW_BLOCK)
+        else:
+            tile = tile_of(M, x.dtype)
+            _tile_kernel[(triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)](*arguments, **tile)
     return y
