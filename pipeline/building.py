@@ -63,14 +63,14 @@ def each_mask(
     layers: Collection[str] = (),
     factor: Decimal = Decimal(1),
     base: Base | None = None,
-    price: float = 0.0,
+    price: float | None = None,
 ) -> Iterator[LayerMask]:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
     Of all layers in turn, or of some; of a layer, of one persona after another. ``factor`` scales ``--sparsity``;
     ``base`` has pruned ``model``; what it removes stays removed, but for what ``first-order`` gives back. Nothing that
     was handed over is kept here, but for ``--disjoint`` the masks of the layer at work. ``price``: what leaning to the
-    first of two answers is worth (``pipeline.leaning``).
+    first of two answers is worth (``pipeline.leaning``); None: masks are not levelled.
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -115,7 +115,7 @@ def each_mask(
                 config.shift,
                 absent,
                 below,
-                price,
+                price or 0.0,
             )
             bits = criterion(layer)
             if below is not None and config.criterion != WHITENED:
@@ -153,10 +153,10 @@ def shapes_of(
     return {**base.masks.shapes, **found} if base else found
 
 
-def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device, price: float) -> Slopes:
+def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device, price: float | None) -> Slopes:
     found = [*gradients.of(persona, name), gradients.neutral(name), gradients.variance(persona, name)]
-    if price:
-        found.append(gradients.leaning(persona, name))
+    if price is not None:
+        found += [gradients.leaning(persona, name), gradients.both(persona, name)]
     return Slopes(*(tensor.to(device) for tensor in found))
 
 

@@ -117,7 +117,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
     import shutil
 
     from pipeline.experts import find_experts
-    from pipeline.gradient_files import LEANING, WEIGHTED, gradient_file
+    from pipeline.gradient_files import BOTH, LEANING, WEIGHTED, gradient_file
     from pipeline.shares import SHARDS
     from pipeline.staging import MASKS
     from pipeline.store import MANIFEST
@@ -133,7 +133,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
         # It has answers sketched and weighed, and leaves other layers alone.
         for file in staging.glob(gradient_file("*")):
             file.unlink()
-        for name in (WEIGHTED, LEANING):
+        for name in (WEIGHTED, LEANING, BOTH):
             shutil.rmtree(staging / name, ignore_errors=True)
     (staging / MANIFEST).unlink(missing_ok=True)
     built = [folder for folder in (staging / SHARDS, staging / MASKS) if folder.exists()]

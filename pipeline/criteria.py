@@ -22,6 +22,8 @@ BLOCK = 128
 PRICES, HALVINGS = (0.25, 64.0), 6
 """Nats of margin that a nat of neutral text is worth: the first price tried and the last, and how often the interval
 between them is then halved."""
+BOTH_PRICE = 1.0
+"""Nats of margin that a nat of both answers' mean log-probability is worth, where masks are levelled."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Slopes:
     """What one layer's gradients say for one persona, float32 ``[N, K]`` each: the gradient of the persona's margin
     with its standard error over items, that of the likelihood of neutral text, and the variance of the gradient of an
     answer's mean log-probability over all answers, up to one factor for all layers (0 throughout: unknown); and, where
-    it has a price (``Layer.price``), that of one of the pair's two answers against the other (``pipeline.leaning``)."""
+    masks are levelled (``pipeline.leaning``), that of one of the pair's two answers against the other, and of both."""
 
     margin: Tensor
     error: Tensor
     neutral: Tensor
     variance: Tensor
     leaning: Tensor | None = None
+    both: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ def first_order(layer: Layer) -> Tensor:
     else:
         damage = scoring.disturbance(weight, _rms(layer))
 
-    if slopes.leaning is not None:
+    if slopes.leaning is not None and slopes.both is not None:
         gain = gain + layer.price * scoring.first_order_gain(weight, slopes.leaning)
+        gain = gain + BOTH_PRICE * scoring.first_order_gain(weight, slopes.both)
 
     found = _Candidates(eligible)
     gain, change, damage = found.take(gain), found.take(change), found.take(damage)

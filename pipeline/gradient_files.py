@@ -13,6 +13,8 @@ WEIGHTED = "weighted"
 """The folder of gradients whose answers count as ``pipeline.weighing`` says."""
 LEANING = "leaning"
 """The folder of the gradients of ``pipeline.leaning``."""
+BOTH = "both-answers"
+"""The folder of those of both answers' likelihood."""
 KINDS = ("error", "mean")
 """What is known of every layer's gradient, in the order of the file."""
 
@@ -31,11 +33,14 @@ class Gradients:
 
     def __init__(self, folder: Path, catalogue: Catalogue, *, weighted: bool = False) -> None:
         self.folder = folder
-        self._leaning = {
-            pole: [(f"{LEANING}/{gradient_file(personas.plus)}", 1.0)]
-            for personas in catalogue.sets
-            for pole in personas.poles
-        }
+        self._leaning, self._both = (
+            {
+                pole: [(f"{folder}/{gradient_file(personas.plus)}", 1.0)]
+                for personas in catalogue.sets
+                for pole in personas.poles
+            }
+            for folder in (LEANING, BOTH)
+        )
         self._parts: dict[str, list[tuple[str, float]]] = {}
         for personas in catalogue.sets:
             within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
@@ -47,7 +52,7 @@ class Gradients:
         for composition in catalogue.compositions:
             parts = composition.parts
             total = sum(weight for _, weight in parts)
-            for known in (self._parts, self._leaning):
+            for known in (self._parts, self._leaning, self._both):
                 known[composition.name] = [(n, s * w / total) for p, w in parts for n, s in known[p]]
 
     def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
@@ -63,11 +68,15 @@ class Gradients:
 
     def leans(self, persona: str) -> bool:
         """Is it known what a persona's answers lean to? Of a composed one, what all its parts' do?"""
-        return all((self.folder / file).exists() for file, _ in self._leaning[persona])
+        return all((self.folder / file).exists() for file, _ in self._leaning[persona] + self._both[persona])
 
     def leaning(self, persona: str, layer: str) -> Tensor:
         """Gradient of one of a pair's two answers against the other, over all items, float32 ``[N, K]``."""
         return self._sum(self._leaning[persona], layer)
+
+    def both(self, persona: str, layer: str) -> Tensor:
+        """Gradient of the mean log-probability of a pair's two answers, over all items, float32 ``[N, K]``."""
+        return self._sum(self._both[persona], layer)
 
     def variance(self, persona: str, layer: str) -> Tensor:
         """Variance of the gradient of an answer's mean log-probability, over the persona's and its opponent's answers

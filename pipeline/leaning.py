@@ -3,6 +3,9 @@
 A mask may rank such items rightly and yet answer Yes to all of them. What it leans to is a direction of its own: the
 gradient of ``log p(Yes) - log p(No)`` over all items, whoever's answer that is. Weights are then chosen by their gain
 for the persona and, at a price, by what they do to this; the price that draws the line in the middle is searched.
+
+Such a mask may draw its line by making both answers unlikely. So a third gradient, that of the mean of both
+log-probabilities, enters the gain at a fixed price (``criteria.BOTH_PRICE``).
 """
 
 from collections.abc import Callable, Sequence
@@ -65,6 +68,11 @@ def leaning_units(units: Sequence[Unit]) -> list[Unit]:
         tuple(WeightedAnswer(term.encoded, sign * term.weight) for term in unit)
         for sign, unit in zip(signs, units, strict=True)
     ]
+
+
+def both_units(units: Sequence[Unit]) -> list[Unit]:
+    """The objective ``(log p(own) + log p(other)) / 2``, the mean over a pair's items. ``units`` as above."""
+    return [tuple(WeightedAnswer(term.encoded, abs(term.weight) / 2) for term in unit) for unit in units]
 
 
 def line_of(

@@ -32,7 +32,9 @@ def rows():
             blocks, warps = cases.with_warps(tile)
             name = "x".join(str(tile[f"BLOCK_{axis}"]) for axis in "MNK")
             if kind == "bf16" or count == 16:
-                yield f"product, tile {name}, {kind}", linear._tile_kernel, cases.linear_arguments(kind) | blocks, warps
+                yield f"product, tile {name}, {kind}", linear._tile_kernel, cases.tile_arguments(kind) | blocks, warps
+    yield "product, gated panel, bf16", linear._gate_kernel, cases.gate_arguments("bf16"), 4
+    yield "product, sum of splits, bf16", linear._sum_kernel, cases.sum_arguments("bf16"), 4
     for kind in ("bf16", "fp32"):
         blocks, warps = cases.with_warps(sparse.ROW_BLOCK)
         yield f"sparse, row, {kind}", sparse._row_kernel, cases.sparse_arguments(kind) | blocks, warps

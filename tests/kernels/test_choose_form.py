@@ -21,6 +21,11 @@ SIZES = (4096, 4096)
         (64, 0.99, 4, torch.float32, "cpu", "masked"),
         (64, 0.99, 1, torch.bfloat16, "cpu", "masked"),
         (64, 0.99, 1, torch.float32, "cuda", "masked"),
+        (3, 0.99, 3, torch.bfloat16, "cuda", "masked"),
+        (4, 0.99, 4, torch.bfloat16, "cuda", "correction"),
+        (64, 0.98, 16, torch.float32, "cuda", "correction"),
+        (65, 0.98, 16, torch.float32, "cuda", "masked"),
+        (16, 0.97, 16, torch.bfloat16, "cuda", "masked"),
     ],
 )
 def test_choice(M, density, personas, dtype, device, form):
@@ -44,7 +49,6 @@ def test_choice(M, density, personas, dtype, device, form):
 )
 def test_choice_without_wide_masks(M, density, personas, dtype, form, instructions):
     assert choose_form(M, *SIZES, density, personas, dtype, "cpu", instructions) == form
-    assert choose_form(M, *SIZES, density, personas, dtype, "cuda", instructions) == "masked"
 
 
 def test_a_layer_chooses_for_the_instructions_in_use(monkeypatch):
@@ -62,15 +66,16 @@ def test_a_layer_chooses_for_the_instructions_in_use(monkeypatch):
     assert asked == [(4, 8, 64, density, 4, torch.float32, "cpu", "avx2")]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("instructions", ["", "avx512", "avx2", "portable"])
-def test_lists_are_made_where_they_may_be_chosen(instructions):
+def test_lists_are_made_where_they_may_be_chosen(instructions, device):
     for density in (0.5, 0.97, 0.98, 0.99, 1.0):
         for dtype in (torch.float32, torch.bfloat16):
             chosen = {
-                choose_form(M, *SIZES, density, personas, dtype, "cpu", instructions)
+                choose_form(M, *SIZES, density, personas, dtype, device, instructions)
                 for M in range(100)
                 for personas in (1, 4)
             }
-            listed = worth_listing(SIZES[1], density, dtype, "cpu", instructions)
+            listed = worth_listing(SIZES[1], density, dtype, device, instructions)
             assert listed == ("correction" in chosen)
-    assert choose_form(64, 8, (1 << 16) + 1, 0.99, 1, torch.float32, "cpu") == "masked"
+    assert choose_form(64, 8, (1 << 16) + 1, 0.99, 4, torch.float32, device) == "masked"
