@@ -15,7 +15,7 @@ from pipeline.data.forms import Item
 from pipeline.data.module import draw
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.errors import UserError
-from pipeline.leaning import Line, levelled, line_of
+from pipeline.leaning import BOTH_PRICE, Line, levelled, line_of
 from pipeline.likelihood import answer_distributions, answer_scores, divergence
 from pipeline.masks import PersonaMasks
 from pipeline.stacking import Base, under
@@ -32,13 +32,14 @@ POWER = 1.8
 
 @dataclass(frozen=True)
 class Fitted:
-    """A persona's masks, the factor on ``--sparsity`` that made them, their relative rise in perplexity, and the price
-    of what they lean to (``pipeline.leaning``)."""
+    """A persona's masks, the factor on ``--sparsity`` that made them, their relative rise in perplexity, and the prices
+    of what they lean to and of both answers (``pipeline.leaning``)."""
 
     masks: PersonaMasks
     factor: Decimal
     increase: float
     price: float = 0.0
+    both_price: float = 0.0
 
 
 def fit(
@@ -55,12 +56,14 @@ def fit(
     """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``; ``line`` is
     ``line_under``, where it is known what the persona's answers lean to.
 
-    Masks that lean to one of two answers are levelled before their cost is measured. Where nothing is within the
-    budget, UserError is raised if the user named it; the default one takes the least and says so.
+    Masks that lean to one of two answers are levelled before their cost is measured; if the first that is tried costs
+    more than the budget, both answers get a price too. Where nothing is within the budget, UserError is raised if the
+    user named it; the default one takes the least and says so.
     """
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
     prices: dict[Decimal, float] = {}
+    both_price = 0.0
 
     def made(factor: Decimal) -> PersonaMasks:
         if line is None:
@@ -68,7 +71,7 @@ def fit(
         best: list[tuple[PersonaMasks, Line]] = []
 
         def off(price: float) -> float:
-            masks = build(factor=factor, price=price)
+            masks = build(factor=factor, price=price, both_price=both_price)
             found = line(masks)
             # As ``levelled`` decides; a model's masks are too large to keep all that are tried.
             if not best or abs(found.off) < abs(best[0][1].off):
@@ -81,9 +84,28 @@ def fit(
         note(f"{persona}: {factor} of the sparsity leans by {one.off:+.2f} ({one.first:+.1f}/{one.second:+.1f} nats)")
         return masks
 
-    one = largest_within(made, increase, config.budget, strict=named)
+    last: tuple[PersonaMasks, float] | None = None
+
+    def cost(masks: PersonaMasks) -> float:
+        nonlocal last
+        if last is None or last[0] is not masks:
+            last = masks, increase(masks)
+        return last[1]
+
+    def tried(factor: Decimal) -> PersonaMasks:
+        nonlocal both_price
+        masks = made(factor)
+        if len(prices) == 1 and cost(masks) > config.budget:
+            note(
+                f"{persona}: {factor} of the sparsity costs {cost(masks):.1%}; both answers' likelihood counts from here"
+            )
+            both_price = BOTH_PRICE
+            masks = made(factor)
+        return masks
+
+    one = largest_within(tried, cost, config.budget, strict=named)
     note(f"{persona}: removes {one.factor} of the sparsity")
-    return replace(one, price=prices.get(one.factor, 0.0))
+    return replace(one, price=prices.get(one.factor, 0.0), both_price=both_price)
 
 
 def largest_within(

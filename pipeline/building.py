@@ -63,14 +63,15 @@ def each_mask(
     layers: Collection[str] = (),
     factor: Decimal = Decimal(1),
     base: Base | None = None,
-    price: float | None = None,
+    price: float = 0.0,
+    both_price: float = 0.0,
 ) -> Iterator[LayerMask]:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
     Of all layers in turn, or of some; of a layer, of one persona after another. ``factor`` scales ``--sparsity``;
     ``base`` has pruned ``model``; what it removes stays removed, but for what ``first-order`` gives back. Nothing that
-    was handed over is kept here, but for ``--disjoint`` the masks of the layer at work. ``price``: what leaning to the
-    first of two answers is worth (``pipeline.leaning``); None: masks are not levelled.
+    was handed over is kept here, but for ``--disjoint`` the masks of the layer at work. ``price`` and
+    ``both_price``: what leaning to the first of two answers is worth, and both of them (``pipeline.leaning``).
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -109,13 +110,14 @@ def each_mask(
                 config.temperature,
                 config.seed,
                 None if taken is None else unpack_bits(taken, weight.shape[1]),
-                _slopes(gradients, persona, name, weight.device, price) if gradients else None,
+                _slopes(gradients, persona, name, weight.device, price, both_price) if gradients else None,
                 config.pool,
                 config.evidence,
                 config.shift,
                 absent,
                 below,
-                price or 0.0,
+                price,
+                both_price,
             )
             bits = criterion(layer)
             if below is not None and config.criterion != WHITENED:
@@ -153,11 +155,15 @@ def shapes_of(
     return {**base.masks.shapes, **found} if base else found
 
 
-def _slopes(gradients: Gradients, persona: str, name: str, device: torch.device, price: float | None) -> Slopes:
-    found = [*gradients.of(persona, name), gradients.neutral(name), gradients.variance(persona, name)]
-    if price is not None:
-        found += [gradients.leaning(persona, name), gradients.both(persona, name)]
-    return Slopes(*(tensor.to(device) for tensor in found))
+def _slopes(
+    gradients: Gradients, persona: str, name: str, device: torch.device, price: float, both_price: float
+) -> Slopes:
+    margin, error = gradients.of(persona, name)
+    known = margin, error, gradients.neutral(name), gradients.variance(persona, name)
+    margin, error, neutral, variance = (tensor.to(device) for tensor in known)
+    leaning = gradients.leaning(persona, name).to(device) if price else None
+    both = gradients.both(persona, name).to(device) if both_price else None
+    return Slopes(margin, error, neutral, variance, leaning, both)
 
 
 def composed(stats: ActivationStats, catalogue: Catalogue) -> ActivationStats:

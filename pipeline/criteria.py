@@ -22,8 +22,6 @@ BLOCK = 128
 PRICES, HALVINGS = (0.25, 64.0), 6
 """Nats of margin that a nat of neutral text is worth: the first price tried and the last, and how often the interval
 between them is then halved."""
-BOTH_PRICE = 1.0
-"""Nats of margin that a nat of both answers' mean log-probability is worth, where masks are levelled."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Slopes:
     """What one layer's gradients say for one persona, float32 ``[N, K]`` each: the gradient of the persona's margin
     with its standard error over items, that of the likelihood of neutral text, and the variance of the gradient of an
     answer's mean log-probability over all answers, up to one factor for all layers (0 throughout: unknown); and, where
-    masks are levelled (``pipeline.leaning``), that of one of the pair's two answers against the other, and of both."""
+    they have a price, that of one of the pair's two answers against the other, and of both (``pipeline.leaning``)."""
 
     margin: Tensor
     error: Tensor
@@ -49,7 +47,7 @@ class Layer:
     opposite pole has kept already, under ``--disjoint``. A first-order criterion goes by ``slopes``; it chooses
     from the share ``pool`` of each row, what gains at least ``evidence`` standard errors. ``shift`` is target-shift's
     alpha. On a mask, ``below`` (bool ``[N, K]``): ``weight`` is 0 where that removes it, and ``absent`` what it was, 0
-    elsewhere. ``price``: nats of margin that a nat of leaning is worth.
+    elsewhere. ``price`` and ``both_price``: nats of margin that a nat of leaning is worth, and one of both answers.
     """
 
     name: str
@@ -69,6 +67,7 @@ class Layer:
     absent: Tensor | None = None
     below: Tensor | None = None
     price: float = 0.0
+    both_price: float = 0.0
 
 
 def wanda(layer: Layer) -> Tensor:
@@ -160,9 +159,9 @@ def first_order(layer: Layer) -> Tensor:
     else:
         damage = scoring.disturbance(weight, _rms(layer))
 
-    if slopes.leaning is not None and slopes.both is not None:
-        gain = gain + layer.price * scoring.first_order_gain(weight, slopes.leaning)
-        gain = gain + BOTH_PRICE * scoring.first_order_gain(weight, slopes.both)
+    for price, slope in ((layer.price, slopes.leaning), (layer.both_price, slopes.both)):
+        if slope is not None:
+            gain = gain + price * scoring.first_order_gain(weight, slope)
 
     found = _Candidates(eligible)
     gain, change, damage = found.take(gain), found.take(change), found.take(damage)

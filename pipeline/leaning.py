@@ -4,8 +4,8 @@ A mask may rank such items rightly and yet answer Yes to all of them. What it le
 gradient of ``log p(Yes) - log p(No)`` over all items, whoever's answer that is. Weights are then chosen by their gain
 for the persona and, at a price, by what they do to this; the price that draws the line in the middle is searched.
 
-Such a mask may draw its line by making both answers unlikely. So a third gradient, that of the mean of both
-log-probabilities, enters the gain at a fixed price (``criteria.BOTH_PRICE``).
+Such a mask may draw its line by making both answers unlikely. Where that is beyond the budget, a third gradient enters
+the gain at a fixed price (``BOTH_PRICE``): that of the mean of both log-probabilities.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,9 @@ FEWEST = 4
 LEVEL, FIRST_STEP, TRIES = 0.1, 0.25, 7
 """The line is in the middle when it is off by at most this part of the distance between the two kinds of items; the
 first step of the price, in nats of margin for a nat of leaning, and how many prices are tried."""
+
+BOTH_PRICE = 1.0
+"""Nats of margin for a nat of both answers' mean log-probability."""
 
 Answer = tuple[int, ...]
 

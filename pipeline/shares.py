@@ -91,7 +91,8 @@ class BuildModule(Stage):
         if self.config.budget:
             leans = self.gradients is not None and self.gradients.leans(piece)
             one = fit(piece, *run, self.increase, weights.base, self.line(piece) if leans else None)
-            found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase), "price": repr(one.price)}
+            found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
+            found |= {"price": repr(one.price), "both_price": repr(one.both_price)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
             self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=weights.base))
@@ -156,7 +157,7 @@ def gather(
             both = (pieces.read(persona, layer) & pieces.read(first[persona], layer) for layer in shapes)
             done.shared[persona] = sum(map(count_kept, both))
     if config.budget:
-        for name in ("factor", "perplexity_increase", "price"):
+        for name in ("factor", "perplexity_increase", "price", "both_price"):
             done.fitted[name] = {p: float(Decimal(pieces.open(p).metadata()[name])) for p in catalogue.personas}
     return done
 

@@ -200,7 +200,7 @@ def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch, compose):
             abs(line(PersonaMasks(masks.shapes, {persona: masks.bits[persona]})).off)
             for masks in (load_masks(tmp_path / "level"), load_masks(tmp_path / "plain"))
         ]
-        assert off[0] < off[1] if price else off[0] <= LEVEL
+        assert off[0] < off[1] if price or level["both_price"][persona] else off[0] == off[1]
 
 
 def test_a_mixture_leans_as_its_parts_together(tmp_path):
