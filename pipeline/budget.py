@@ -96,9 +96,7 @@ def fit(
         nonlocal both_price
         masks = made(factor)
         if len(prices) == 1 and cost(masks) > config.budget:
-            note(
-                f"{persona}: {factor} of the sparsity costs {cost(masks):.1%}; both answers' likelihood counts from here"
-            )
+            note(f"{persona}: {factor} of the sparsity costs {cost(masks):.1%}; both answers count from here on")
             both_price = BOTH_PRICE
             masks = made(factor)
         return masks
