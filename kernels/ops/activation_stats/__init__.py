@@ -7,6 +7,7 @@ from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.activation_stats.cpp import activation_stats_cpp
 from kernels.ops.activation_stats.reference import FIELDS, activation_stats_reference
+from kernels.ops.eager import plain
 
 IGNORED, COUNTED, SINK = 0, 1, 2
 """Roles of a token: left out, counted, or the attention sink (the sequence's first token)."""
@@ -42,11 +43,9 @@ def activation_stats(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spa
     Raises ValueError if a persona or the tokens of a span do not exist. A GPU backend must not wait for the values
     of ``persona``: it adds such a sequence to nothing and returns True for it.
     """
-    # This runs at every layer of every batch, where torch's wrapper of an op takes longer than the checks and the
-    # kernel's start together. It serves tracing, subclasses and autograd; other tensors go past it.
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad:
-        return _op(x, role, persona, sums, spans)
-    return _compute(x, role, persona, sums, spans)
+    if plain(x):
+        return _compute(x, role, persona, sums, spans)
+    return _op(x, role, persona, sums, spans)
 
 
 def _compute(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spans: Tensor | None = None) -> Tensor:

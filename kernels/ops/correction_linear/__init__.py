@@ -7,6 +7,7 @@ from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.correction_linear.cpp import correction_linear_cpp
 from kernels.ops.correction_linear.reference import correction_linear_reference
+from kernels.ops.eager import plain
 from kernels.ops.pack_bits import unpack_bits
 
 MOST_COLUMNS = 1 << 16
@@ -37,7 +38,6 @@ def removed_lists(bits: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return torch.cat([none, *lists]), offsets.to(torch.int32)
 
 
-@torch.library.custom_op("persona::correction_linear", mutates_args=())
 def correction_linear(
     x: Tensor,
     weight: Tensor,
@@ -62,6 +62,20 @@ def correction_linear(
         gamma: share of a removed weight that stays, 0 <= gamma < 1.
         bias: ``[N]`` or None.
     """
+    if plain(x, weight, bias):
+        return _compute(x, weight, columns, offsets, persona, gamma, bias)
+    return _op(x, weight, columns, offsets, persona, gamma, bias)
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    offsets: Tensor,
+    persona: Tensor,
+    gamma: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
     op = "correction_linear"
     checks.dtype(op, "x", x, checks.FLOATS)
     checks.shape(op, "x", x, (None, None), "[M, K]")
@@ -83,7 +97,10 @@ def correction_linear(
     return backends.implementation(op, x.device.type)(x, weight, columns, offsets, persona, gamma, bias)
 
 
-@correction_linear.register_fake
+_op = torch.library.custom_op("persona::correction_linear", _compute, mutates_args=())
+
+
+@_op.register_fake
 def _(
     x: Tensor,
     weight: Tensor,

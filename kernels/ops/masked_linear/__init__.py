@@ -5,11 +5,11 @@ from torch import Tensor
 
 from kernels import backends, native, triton_backend
 from kernels.ops import checks
+from kernels.ops.eager import plain
 from kernels.ops.masked_linear.cpp import masked_linear_cpp
 from kernels.ops.masked_linear.reference import masked_linear_backward_reference, masked_linear_reference
 
 
-@torch.library.custom_op("persona::masked_linear", mutates_args=())
 def masked_linear(
     x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float = 0.0, bias: Tensor | None = None
 ) -> Tensor:
@@ -29,6 +29,14 @@ def masked_linear(
     Returns:
         ``[M, N]``. Differentiable in ``x``, ``weight`` and ``bias``.
     """
+    if plain(x, weight, bias):
+        return _compute(x, weight, bits, persona, gamma, bias)
+    return _op(x, weight, bits, persona, gamma, bias)
+
+
+def _compute(
+    x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
     op = "masked_linear"
     checks.dtype(op, "x", x, checks.FLOATS)
     checks.shape(op, "x", x, (None, None), "[M, K]")
@@ -49,7 +57,10 @@ def masked_linear(
     return backends.implementation(op, x.device.type)(x, weight, bits, persona, gamma, bias)
 
 
-@masked_linear.register_fake
+_op = torch.library.custom_op("persona::masked_linear", _compute, mutates_args=())
+
+
+@_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float = 0.0, bias: Tensor | None = None
 ) -> Tensor:
@@ -81,7 +92,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, ga
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-masked_linear.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)
 backends.register("masked_linear", "reference", masked_linear_reference)
 native.register("masked_linear", masked_linear_cpp)
 triton_backend.register("masked_linear", "kernels.ops.masked_linear.triton", "masked_linear_triton")

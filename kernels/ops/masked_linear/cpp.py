@@ -27,7 +27,9 @@ def masked_linear_cpp(
         return masked_linear_reference(x, weight, bits, persona, gamma, bias)
     if bits.shape[2] > 1 and bits.stride(2) != 1:
         bits = bits.contiguous()
-    tiled = x.dtype == torch.bfloat16 and native.instruction_set() == TILED
+    # Few rows are not asked: it would take a tenth of a small layer's time.
+    many = x.shape[0] > MOST_ROWS_DIRECT and x.dtype == torch.bfloat16
+    tiled = many and native.instruction_set() == TILED
     if use_direct(x.shape[0], personas_in(persona, x.shape[0]), adjacent_columns(weight), tiled):
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         if not torch.ops.persona_native.masked_linear(x, weight, bits, persona, gamma, bias, y):

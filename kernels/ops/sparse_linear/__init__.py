@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import backends, native, triton_backend
 from kernels.ops import checks
+from kernels.ops.eager import plain
 from kernels.ops.pack_bits import pack_bits, unpack_bits
 from kernels.ops.sparse_linear.cpp import sparse_linear_cpp
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
@@ -59,12 +60,17 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -
     return sparse_linear_packed(x, weight.values, weight.bits, weight.offsets, bias)
 
 
-@torch.library.custom_op("persona::sparse_linear", mutates_args=())
 def sparse_linear_packed(
     x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """``sparse_linear`` on the parts of a ``SparseWeight``; each row of ``bits`` must have as many set bits as its
     ``offsets`` are apart."""
+    if plain(x, values, bias):
+        return _compute(x, values, bits, offsets, bias)
+    return _op(x, values, bits, offsets, bias)
+
+
+def _compute(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
     op = "sparse_linear"
     checks.dtype(op, "x", x, checks.FLOATS)
     checks.shape(op, "x", x, (None, None), "[M, K]")
@@ -81,7 +87,10 @@ def sparse_linear_packed(
     return backends.implementation(op, x.device.type)(x, values, bits, offsets, bias)
 
 
-@sparse_linear_packed.register_fake
+_op = torch.library.custom_op("persona::sparse_linear", _compute, mutates_args=())
+
+
+@_op.register_fake
 def _(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], bits.shape[0]))
 
