@@ -11,12 +11,14 @@ NARROW = ("avx2", "portable")
 """Instruction sets that have no masks in their instructions."""
 
 
-def worth_listing(K: int, density: float, dtype: torch.dtype, device: str, instructions: str = "") -> bool:
-    """Whether ``choose_form`` can ever choose the lists, so that a layer should make them."""
+def worth_listing(
+    K: int, density: float, personas: int, dtype: torch.dtype, device: str, instructions: str = ""
+) -> bool:
+    """Whether ``choose_form`` can ever choose the lists, so that a layer of so many ``personas`` should make them."""
     if K > 1 << 16:
         return False
     if device == "cuda":
-        return density >= LISTED_DENSITY
+        return personas > 1 and density >= LISTED_DENSITY
     least = LISTED_DENSITY_NARROW if instructions in NARROW else LISTED_DENSITY
     return device == "cpu" and dtype == torch.float32 and density >= least
 
@@ -56,9 +58,9 @@ def choose_form(
       beside 12 for the dense product: from 4 rows on. Beyond 16 rows masked tiles make a pass for every persona (64
       rows of 16 personas 290 in bfloat16).
     """
-    if not worth_listing(K, density, dtype, device, instructions):
+    if not worth_listing(K, density, personas, dtype, device, instructions):
         return "masked"
     if device == "cuda":
-        return "correction" if personas > 1 and 4 <= M <= 64 else "masked"
+        return "correction" if 4 <= M <= 64 else "masked"
     listed = personas >= 4 and M <= 32 if instructions in NARROW else personas == 1 and 32 < M <= 64
     return "correction" if listed else "masked"

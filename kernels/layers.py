@@ -160,7 +160,7 @@ class MaskedLinear(nn.Module):
         self.density = min(kept, default=1) / (self.out_features * self.in_features) if self.bits.numel() else 1.0
         weight = self.weight
         kind = weight.dtype, weight.device.type, self.instructions
-        wanted = worth_listing(self.in_features, self.density, *kind)
+        wanted = worth_listing(self.in_features, self.density, len(kept), *kind)
         listed = self.form == "correction" or (self.form is None and bool(kept) and not self.transposed and wanted)
         self._columns, self._offsets = removed_lists(self.bits, self.in_features) if listed else (None, None)
 
