@@ -10,8 +10,8 @@
 namespace persona {
 namespace {
 
-/// Tiles of x that every block of the weight meets. More rows than these read the weight again (64 rows of 14336 columns
-/// by halves: 36 instead of 24 ms).
+/// Tiles of x that every block of the weight meets. More rows than these read the weight again (64 rows of 14336
+/// columns by halves: 36 instead of 24 ms).
 constexpr int64_t kTilesBytes = 1 << 22;
 
 /// Whole cache lines.
