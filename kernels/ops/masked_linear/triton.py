@@ -173,7 +173,7 @@ def _sum_kernel(part_ptr, bias_ptr, y_ptr, stride_bias, MN, N, splits, BLOCK: tl
 
 
 def use_rows(rows: int, apart: bool) -> bool:
-    """Whether the kernel is used that reads the weight in registers for a few rows of x at a time.
+    """Whether every row of x is multiplied on its own.
 
     Not where a tile makes fewer passes over the weight, or a dense product of the gated weight is faster.
     """
@@ -212,11 +212,12 @@ def masked_linear_triton(
     apart = persona.shape[0] > 1
     stride_pm = persona.stride(0) if apart else 0
     stride_bias = 0 if bias is None else bias.stride(0)
-    if not apart and not use_rows(M, apart):
+    by_rows = use_rows(M, apart) or K == 0
+    if not apart and not by_rows:
         return by_panels(x, weight, bits, persona, gamma, bias, y)
     strides = (*x.stride(), *weight.stride(), *bits.stride(), stride_pm)
     with torch.cuda.device_of(x):
-        if use_rows(M, apart):
+        if by_rows:
             _row_kernel[(M * triton.cdiv(N, ROW_BLOCK["BLOCK_N"]),)](
                 x, weight, bits, persona, bias, y, *strides, stride_bias, M, N, K, bits.shape[0], gamma,
                 SOFT=gamma != 0, **ROW_BLOCK,
@@ -238,19 +239,18 @@ def masked_linear_triton(
 def by_panels(
     x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float, bias: Tensor | None, y: Tensor
 ) -> Tensor:
-    """The vendor's dense product with a panel of the gated weight at a time, which the L2 cache holds. One persona."""
+    """The vendor's dense product with a panel of the gated weight at a time. One persona, and a column at least."""
     N, K = weight.shape
     most = max(1, PANEL_BYTES // (K * weight.element_size()) // 128 * 128 or 128)
     panel = torch.empty(min(most, N), K, dtype=weight.dtype, device=weight.device)
     for first in range(0, N, most):
         some, masks = weight[first : first + most], bits[:, first : first + most]
         gated = panel[: some.shape[0]]
-        if K:
-            with torch.cuda.device_of(x):
-                _gate_kernel[(some.shape[0] * triton.cdiv(triton.cdiv(K, 8), GATE_GROUPS),)](
-                    some, masks, persona, gated, *some.stride(), *masks.stride(), some.shape[0], K, bits.shape[0],
-                    gamma, SOFT=gamma != 0, BLOCK_G=GATE_GROUPS, num_warps=4,
-                )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _gate_kernel[(some.shape[0] * triton.cdiv(triton.cdiv(K, 8), GATE_GROUPS),)](
+                some, masks, persona, gated, *some.stride(), *masks.stride(), some.shape[0], K, bits.shape[0],
+                gamma, SOFT=gamma != 0, BLOCK_G=GATE_GROUPS, num_warps=4,
+            )  # fmt: skip
         dense_product(x, gated, None if bias is None else bias[first : first + most], y[:, first : first + most])
     return y
 

@@ -55,3 +55,21 @@ def test_absent_persona_fills_its_row_with_nan(kernel, monkeypatch):
 def test_no_masks_at_all(kernel):
     arguments = problem((3, 5, 37, 0), "unmasked", 0.0, True, torch.float32)
     assert_as_accurate(call(*arguments), masked_product_plain(*arguments), masked_product_float64(*arguments))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "uniform"])
+def test_no_columns_at_all(kind):
+    arguments = problem((19, 5, 0, 2), kind, 0.0, True, torch.float32)
+    assert torch.equal(call(*arguments), arguments[-1].expand(19, 5))
+
+
+def test_several_panels(monkeypatch):
+    monkeypatch.setattr(linear, "PANEL_BYTES", 128 * 70 * 4)
+    arguments = problem((19, 300, 70, 2), "uniform", 0.3, True, torch.float32)
+    assert_as_accurate(call(*arguments), masked_product_plain(*arguments), masked_product_float64(*arguments))
+
+
+def test_columns_are_split_for_more_programs():
+    assert linear.splits_of(64, 4096, 132) == 9
+    assert linear.splits_of(64, 500, 132) == 1
+    assert linear.splits_of(10**6, 4096, 132) == 1
