@@ -56,9 +56,9 @@ def fit(
     """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``; ``line`` is
     ``line_under``, where it is known what the persona's answers lean to.
 
-    Masks that lean to one of two answers are levelled before their cost is measured; if the first that is tried costs
-    more than the budget, both answers get a price too. Where nothing is within the budget, UserError is raised if the
-    user named it; the default one takes the least and says so.
+    Masks that lean to one of two answers are levelled before their cost is measured; if nothing is within the budget
+    so, both answers get a price too. Where nothing is within the budget, UserError is raised if the user named it; the
+    default one takes the least and says so.
     """
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
@@ -84,24 +84,18 @@ def fit(
         note(f"{persona}: {factor} of the sparsity leans by {one.off:+.2f} ({one.first:+.1f}/{one.second:+.1f} nats)")
         return masks
 
-    last: tuple[PersonaMasks, float] | None = None
+    def search(strict: bool) -> Fitted:
+        return largest_within(made, increase, config.budget, strict=strict)
 
-    def cost(masks: PersonaMasks) -> float:
-        nonlocal last
-        if last is None or last[0] is not masks:
-            last = masks, increase(masks)
-        return last[1]
-
-    def tried(factor: Decimal) -> PersonaMasks:
-        nonlocal both_price
-        masks = made(factor)
-        if len(prices) == 1 and cost(masks) > config.budget:
-            note(f"{persona}: {factor} of the sparsity costs {cost(masks):.1%}; both answers count from here on")
-            both_price = BOTH_PRICE
-            masks = made(factor)
-        return masks
-
-    one = largest_within(tried, cost, config.budget, strict=named)
+    try:
+        one = search(named or line is not None)
+    except UserError:
+        if line is None:
+            raise
+        note(f"{persona}: nothing levelled is within the budget; both answers' likelihood counts now")
+        both_price = BOTH_PRICE
+        prices.clear()
+        one = search(named)
     note(f"{persona}: removes {one.factor} of the sparsity")
     return replace(one, price=prices.get(one.factor, 0.0), both_price=both_price)
 

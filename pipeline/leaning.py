@@ -4,8 +4,8 @@ A mask may rank such items rightly and yet answer Yes to all of them. What it le
 gradient of ``log p(Yes) - log p(No)`` over all items, whoever's answer that is. Weights are then chosen by their gain
 for the persona and, at a price, by what they do to this; the price that draws the line in the middle is searched.
 
-Such a mask may draw its line by making both answers unlikely. Where that is beyond the budget, a third gradient enters
-the gain at a fixed price (``BOTH_PRICE``): that of the mean of both log-probabilities.
+Such a mask may draw its line by making both answers unlikely. Where no part of it is within the budget, a third
+gradient enters the gain at a fixed price (``BOTH_PRICE``): that of the mean of both log-probabilities.
 """
 
 from collections.abc import Callable, Sequence

@@ -185,3 +185,23 @@ def test_first_order_has_a_budget_by_default():
     assert CalibrateConfig(max_perplexity_increase=0).budget == 0
     assert CalibrateConfig(criterion="wanda").budget == 0
     assert CalibrateConfig(criterion="wanda", disjoint=True, sparsity="0.5").budget == 0
+
+
+@pytest.mark.parametrize("named", [None, 0.1])
+@pytest.mark.parametrize("without", [5.0, 0.05])
+def test_both_answers_count_where_nothing_levelled_fits(monkeypatch, capsys, without, named):
+    """``without``: what masks cost as long as they do not."""
+    built = []
+
+    def build(*_, only, base, factor, price, both_price):
+        built.append(both_price)
+        return SimpleNamespace(personas=[only], cost=0.01 if both_price else without, price=price)
+
+    monkeypatch.setattr(budget, "build_masks", build)
+    config = CalibrateConfig(max_perplexity_increase=named, criterion="first-order")
+    line = SimpleNamespace(off=0.0, first=1.0, second=-1.0)
+    found = budget.fit("up", None, None, None, config, None, lambda masks: masks.cost, None, lambda _: line)
+    assert found.increase == (0.01 if without == 5 else without)
+    assert found.both_price == (budget.BOTH_PRICE if without == 5 else 0)
+    assert set(built) == ({0.0, budget.BOTH_PRICE} if without == 5 else {0.0})
+    assert ("both answers' likelihood counts now" in capsys.readouterr().err) == (without == 5)
