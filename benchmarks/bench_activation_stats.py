@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.harness import Bench, Timing, duration, here, implementations, rotating, run
 from benchmarks.hooks import BATCH, Hooks, fused, new_sums, plain, reference_style, roles, tokens
-from benchmarks.shapes import LLAMA3_8B, SMOLLM2, Shapes, random_model
+from benchmarks.shapes import GPU_BLOCKS, LLAMA3_8B, SMOLLM2, Shapes, random_model
 from kernels import backends
 from kernels.ops.activation_stats import activation_stats
 from kernels.ops.activation_stats.reference import activation_stats_reference
@@ -17,7 +17,6 @@ from pipeline.sites import find_linears, find_sites, matrix
 OURS = "activation_stats"
 FIRST = ".layers.0."
 QUICK_BLOCKS = 4
-GPU_BLOCKS = 8
 """The share of the forward pass does not depend on the number of equal blocks."""
 
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.harness import Bench, Timing, duration, here, run
 from benchmarks.hooks import BATCH, Hooks, reference_style, roles, tokens
-from benchmarks.shapes import LLAMA3_8B, SMOLLM2, Shapes, random_model
+from benchmarks.shapes import GPU_BLOCKS, LLAMA3_8B, SMOLLM2, Shapes, random_model
 from kernels import backends
 from kernels.ops.mask_select import mask_select
 from pipeline.collector import Collector
@@ -14,7 +14,6 @@ from pipeline.sites import find_linears, find_sites, matrix
 from pipeline.stats import ActivationStats
 
 PERSONAS = ("plus", "minus")
-GPU_BLOCKS = 8
 
 
 def calibrate(bench: Bench, shapes: Shapes, dtype: torch.dtype, blocks: int) -> None:

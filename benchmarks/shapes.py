@@ -43,6 +43,8 @@ def _llama(name: str, blocks: int, hidden: int, kv: int, intermediate: int, head
 
 SMOLLM2 = _llama("SmolLM2", 30, 576, 192, 1536, 64, 49152)
 LLAMA3_8B = _llama("Llama-3-8B", 32, 4096, 1024, 14336, 128, 128256)
+GPU_BLOCKS = 8
+"""Of Llama-3-8B, where a GPU measures whole passes."""
 
 
 def random_model(shapes: Shapes, dtype: torch.dtype, blocks: int) -> Any:

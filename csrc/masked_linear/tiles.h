@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "../simd/avx512_bf16.h"
 #include "arguments.h"
 
 namespace persona {
@@ -66,7 +67,7 @@ inline void prepare_tile(const TileRows& rows, const Matrix& x, void* out) {
 
 /// 32 gated weights; those past the last of `width` columns are zeros.
 template <bool soft>
-PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bits, std::int64_t width, __m512 gamma) {
+PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bits, std::int64_t width, float gamma) {
   std::uint32_t kept = 0, inside = 0xffffffffu;
   if (width >= kTileStep) {
     std::memcpy(&kept, bits, sizeof kept);
@@ -77,12 +78,7 @@ PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bi
   }
   if constexpr (!soft) return _mm512_maskz_loadu_epi16(kept, weight);
   const __m512i w = _mm512_maskz_loadu_epi16(inside, weight);
-  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-  const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even, gamma));
-  const __m256i high = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd, gamma));
-  const __m512i removed =
-      _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  const __m512i removed = Product<Avx512Bf16, bf16>::scale(w, gamma);
   return _mm512_mask_mov_epi16(removed, kept, w);
 }
 
@@ -92,20 +88,19 @@ template <bool soft>
 PERSONA_INLINE void gate_steps(const TileArguments& a, const MaskRows& mask, std::int64_t n, std::int64_t count,
                                std::int64_t first, std::int64_t last, std::uint8_t* out) {
   const std::int64_t stride = a.weight.stride[0], left = a.weight.columns - first * kTileStep;
-  const __m512 gamma = _mm512_set1_ps(a.gamma);
   const std::uint16_t* weight = static_cast<const std::uint16_t*>(a.weight.data) + n * stride + first * kTileStep;
   const std::uint8_t* bits = mask.bits + n * mask.stride + first * kTileStep / 8;
   if (count == kTileBlock && left >= kTileSteps * kTileStep)
     for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
       for (int s = 0; s < kTileSteps; ++s)
         _mm512_store_si512(out + 2 * kTileBytes * s,
-                           gated<soft>(weight + s * kTileStep, bits + s * kTileStep / 8, kTileStep, gamma));
+                           gated<soft>(weight + s * kTileStep, bits + s * kTileStep / 8, kTileStep, a.gamma));
   else
     for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
       for (std::int64_t s = 0; s < last - first; ++s)
         _mm512_store_si512(
             out + 2 * kTileBytes * s,
-            r < count ? gated<soft>(weight + s * kTileStep, bits + s * kTileStep / 8, left - s * kTileStep, gamma)
+            r < count ? gated<soft>(weight + s * kTileStep, bits + s * kTileStep / 8, left - s * kTileStep, a.gamma)
                       : _mm512_setzero_si512());
 }
 

@@ -1,5 +1,7 @@
 """The masked product: many personas on one shared weight, chosen row by row."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,9 +63,7 @@ _op = torch.library.custom_op("persona::masked_linear", _compute, mutates_args=(
 
 
 @_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float = 0.0, bias: Tensor | None = None
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
