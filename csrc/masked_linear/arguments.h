@@ -71,10 +71,35 @@ struct GateArguments {
   void* out;  // [N, K]
 };
 
-/// Rows of x, at most 16, that share a mask.
-struct TileRows {
+/// At most `most` rows of x that share a mask.
+template <std::int64_t most>
+struct RowsAlike {
+  static constexpr std::int64_t size = most;
   MaskRows mask;
-  std::int64_t row[16], count;
+  std::int64_t row[most], count;
+};
+
+/// What the product of many rows takes at a time.
+using RowBlock = RowsAlike<6>;
+/// What fills a tile.
+using TileRows = RowsAlike<16>;
+
+/// At most this many rows of the weight in a gated panel of the product of many rows.
+constexpr std::int64_t kPanelRows = 64;
+
+/// The masked product of many rows.
+struct BlockArguments {
+  const float* x;         // from prepare_block, one block behind the other
+  const RowBlock* block;  // those of one mask lie together
+  std::int64_t blocks;
+  Matrix weight;  // [N, K], columns adjacent
+  Element element;
+  std::int64_t panel_rows;
+  float gamma;
+  const void* bias;  // [N], or null
+  std::int64_t bias_stride;
+  void* y;  // [M, N]
+  std::int64_t y_stride;
 };
 
 /// The masked product in bfloat16 on matrix tiles.

@@ -1,8 +1,6 @@
 // The masked product of few rows, and gated panels of the weight, on torch's CPU threads.
 #include <algorithm>
 #include <cstring>
-#include <functional>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -28,14 +26,11 @@ std::vector<MaskRows> masks_of(const Tensor& bits, const Tensor& persona, const 
 
 /// The order that brings rows with one mask together, which then share gated weights; empty where it changes nothing.
 std::vector<int64_t> together(const std::vector<MaskRows>& masks) {
-  const auto before = [&](int64_t a, int64_t b) {
-    return std::less<>()(masks[static_cast<size_t>(a)].bits, masks[static_cast<size_t>(b)].bits);
+  std::vector<int64_t> order = rows_by_mask(masks, static_cast<int64_t>(masks.size()));
+  if (std::is_sorted(order.begin(), order.end())) return {};
+  const auto alike = [&](int64_t a, int64_t b) {
+    return masks[static_cast<size_t>(a)].bits == masks[static_cast<size_t>(b)].bits;
   };
-  std::vector<int64_t> order(masks.size());
-  std::iota(order.begin(), order.end(), 0);
-  if (std::is_sorted(order.begin(), order.end(), before)) return {};
-  std::stable_sort(order.begin(), order.end(), before);
-  const auto alike = [&](int64_t a, int64_t b) { return !before(a, b); };
   return std::adjacent_find(order.begin(), order.end(), alike) == order.end() ? std::vector<int64_t>{} : order;
 }
 
@@ -129,7 +124,8 @@ bool masked_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& bits
   const std::vector<uint8_t> plain(static_cast<size_t>(row_bytes), 0xff);
   const Gates gates{masks_of(bits, persona, plain), static_cast<float>(gamma), {}, 0, nullptr, 0};
   if (gates.masks.empty() && persona.size(0) > 0) return false;
-  if (x.size(0) == 0 || multiply_tiles(x, weight, gates, bias, y)) return true;
+  if (x.size(0) == 0 || multiply_tiles(x, weight, gates, bias, y) || multiply_blocks(x, weight, gates, bias, y))
+    return true;
   const auto order = kernels().shares_gates ? together(gates.masks) : std::vector<int64_t>{};
   if (!order.empty())
     multiply_in_order(order, x, weight, gates, bias, y);

@@ -1,6 +1,10 @@
 // What the launchers of the products of few rows share.
 #pragma once
 
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -15,6 +19,41 @@ constexpr int64_t kLeastWeights = 1 << 16;
 
 inline Matrix matrix_of(const Tensor& t) {
   return {t.const_data_ptr(), t.size(0), t.size(1), {t.stride(0), t.stride(1)}};
+}
+
+/// Whole cache lines.
+template <class T>
+class Lines {
+ public:
+  explicit Lines(int64_t count) : data_(static_cast<size_t>(count) * sizeof(T) + 63) {}
+  T* get() { return reinterpret_cast<T*>(data_.data() + (64 - reinterpret_cast<uintptr_t>(data_.data()) % 64) % 64); }
+
+ private:
+  std::vector<uint8_t> data_;
+};
+
+/// The rows of x, those with one mask together; `masks` is [M] or [1].
+inline std::vector<int64_t> rows_by_mask(const std::vector<MaskRows>& masks, int64_t rows) {
+  std::vector<int64_t> order(static_cast<size_t>(rows));
+  std::iota(order.begin(), order.end(), 0);
+  if (masks.size() > 1)
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return std::less<>()(masks[static_cast<size_t>(a)].bits, masks[static_cast<size_t>(b)].bits);
+    });
+  return order;
+}
+
+/// The rows of each mask, `Rows::size` at a time.
+template <class Rows>
+std::vector<Rows> rows_alike(const std::vector<MaskRows>& masks, int64_t rows) {
+  std::vector<Rows> parts;
+  for (const int64_t m : rows_by_mask(masks, rows)) {
+    const MaskRows& mask = masks[masks.size() == 1 ? 0 : static_cast<size_t>(m)];
+    if (parts.empty() || parts.back().count == Rows::size || parts.back().mask.bits != mask.bits)
+      parts.push_back({mask, {}, 0});
+    parts.back().row[parts.back().count++] = m;
+  }
+  return parts;
 }
 
 /// x [M, K], `kMostRows` rows after the other.
@@ -62,6 +101,11 @@ void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona,
 /// y [M, N], of the weight's dtype, = the gated weight times M rows of x, plus bias.
 void multiply_rows(const PreparedRows& x, int64_t rows, const Tensor& weight, const Gates& gates,
                    const std::optional<Tensor>& bias, void* y);
+
+/// The same without `gates.removed` by gated panels, which many rows of x share. False where too few share a mask, or
+/// bfloat16 has faster products: nothing is done.
+bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                     Tensor& y);
 
 /// The same in bfloat16 on matrix tiles, without `gates.removed`. False where the instruction set in use has none, or
 /// too few rows share a mask: nothing is done.

@@ -100,6 +100,10 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
   }
 
+  static PERSONA_INLINE void sum_each(const F (&a)[2], float (&sums)[2]) {
+    for (int i = 0; i < 2; ++i) sums[i] = sum(a[i]);
+  }
+
   /// `width` bits of a packed mask: all bits of a lane whose bit is set.
   using Gate = __m256i;
 

@@ -75,6 +75,18 @@ struct Avx512 {
   static PERSONA_INLINE F broadcast(float value) { return _mm512_set1_ps(value); }
   static PERSONA_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 
+  /// `sum` of each of four, with the same additions.
+  static PERSONA_INLINE void sum_each(const F (&a)[4], float (&sums)[4]) {
+    __m128 quarter[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256 half = _mm256_add_ps(_mm512_extractf32x8_ps(a[i], 1), _mm512_castps512_ps256(a[i]));
+      quarter[i] = _mm_add_ps(_mm256_extractf128_ps(half, 1), _mm256_castps256_ps128(half));
+    }
+    const __m128 first = _mm_add_ps(_mm_movelh_ps(quarter[0], quarter[1]), _mm_movehl_ps(quarter[1], quarter[0]));
+    const __m128 last = _mm_add_ps(_mm_movelh_ps(quarter[2], quarter[3]), _mm_movehl_ps(quarter[3], quarter[2]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(first, last, 0x88), _mm_shuffle_ps(first, last, 0xdd)));
+  }
+
   /// `width` bits of a packed mask.
   using Gate = __mmask16;
 

@@ -23,6 +23,8 @@ struct Kernels {
   std::size_t (*prepared_bytes)(Element);
   void (*prepare_rows)(const Matrix&, Element, void*);
   void (*masked_linear)(const MaskedArguments&, std::int64_t, std::int64_t);
+  void (*prepare_block)(const RowBlock&, const Matrix&, Element, float*);
+  void (*masked_blocks)(const BlockArguments&, std::int64_t, std::int64_t, float*);
   void (*gate_rows)(const GateArguments&, std::int64_t, std::int64_t);
   void (*subtract_removed)(const SubtractArguments&, std::int64_t, std::int64_t);
   void (*sparse_linear)(const SparseArguments&, std::int64_t, std::int64_t);

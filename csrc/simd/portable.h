@@ -79,6 +79,10 @@ struct Portable {
     return lane[0];
   }
 
+  static PERSONA_INLINE void sum_each(const F (&a)[2], float (&sums)[2]) {
+    for (int i = 0; i < 2; ++i) sums[i] = sum(a[i]);
+  }
+
   /// `width` bits of a packed mask.
   using Gate = std::uint8_t;
   static PERSONA_INLINE Gate gate(const std::uint8_t* bits) { return *bits; }

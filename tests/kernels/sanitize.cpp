@@ -175,7 +175,7 @@ void check_masked(const Kernels& k, Element element, std::int64_t rows, std::int
   for (std::int64_t m = 0; m < rows; ++m) {
     k.gate_rows({weight, element, masks[static_cast<std::size_t>(m)], gamma, gated.data()}, 0, outputs);
     for (std::int64_t n = 0; n < outputs; ++n) {
-      double expected = b.value[static_cast<std::size_t>(n)], scale = 1;
+      double expected = b.value[static_cast<std::size_t>(n)], scale = 1 + std::abs(expected);
       for (std::int64_t c = 0; c < columns; ++c) {
         const MaskRows& mask = masks[static_cast<std::size_t>(m)];
         const bool kept = (mask.bits[n * mask.stride + c / 8] >> (c % 8)) & 1;
@@ -192,43 +192,71 @@ void check_masked(const Kernels& k, Element element, std::int64_t rows, std::int
   }
 }
 
-/// The same on tiles: 19 rows of one persona and 2 of another, out of order; y of rows that are not listed stays.
-void check_tiles(const Kernels& k, std::int64_t outputs, std::int64_t columns, float gamma) {
+/// The same for rows that share a mask: 19 rows of one persona and 2 of another, out of order; y of a row that is not
+/// listed stays. `multiply(parts, x, weight, b, y)` is the product to check.
+template <class Rows, class F>
+void check_alike(const char* name, const Kernels& k, Element element, std::int64_t outputs, std::int64_t columns,
+                 float gamma, const F& multiply) {
   const std::int64_t rows = 22, bytes = (columns + 7) / 8;
-  const Element element = Element::bf16;
   const Values x = draw(element, rows * columns), w = draw(element, outputs * columns), b = draw(element, outputs);
   std::vector<std::uint8_t> bits(static_cast<std::size_t>(2 * outputs * bytes));
   for (auto& byte : bits) byte = static_cast<std::uint8_t>(generator());
-  const auto mask = [&](std::int64_t p) { return MaskRows{bits.data() + p * outputs * bytes, bytes}; };
-  std::vector<TileRows> tiles{{mask(0), {}, 0}, {mask(0), {}, 0}, {mask(1), {}, 0}};
-  for (std::int64_t m = 0; m < rows - 1; ++m) {
-    TileRows& tile = tiles[m == 3 || m == 7 ? 2 : tiles[0].count < 16 ? 0 : 1];
-    tile.row[tile.count++] = m;
-  }
-  std::vector<std::uint8_t> prepared(static_cast<std::size_t>(3 * tile_bytes(columns) + 64));
-  std::uint8_t* aligned = prepared.data() + (64 - reinterpret_cast<std::uintptr_t>(prepared.data()) % 64) % 64;
-  for (std::size_t t = 0; t < 3; ++t)
-    k.prepare_tile(tiles[t], {x.bytes.data(), rows, columns, {columns, 1}},
-                   aligned + static_cast<std::int64_t>(t) * tile_bytes(columns));
-  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs * 2));
-  const Matrix weight{w.bytes.data(), outputs, columns, {columns, 1}};
-  k.masked_tiles({aligned, tiles.data(), 3, weight, gamma, b.bytes.data(), 1, y.data(), outputs}, 0, outputs);
-  for (const TileRows& tile : tiles)
-    for (std::int64_t i = 0; i < tile.count; ++i)
+  std::vector<Rows> parts;
+  for (std::int64_t p = 0; p < 2; ++p)
+    for (std::int64_t m = 0; m < rows - 1; ++m) {
+      if ((m == 3 || m == 7) != (p == 1)) continue;
+      const MaskRows mask{bits.data() + p * outputs * bytes, bytes};
+      if (parts.empty() || parts.back().count == Rows::size || parts.back().mask.bits != mask.bits)
+        parts.push_back({mask, {}, 0});
+      parts.back().row[parts.back().count++] = m;
+    }
+  std::vector<unsigned char> y(static_cast<std::size_t>(rows * outputs) * (x.bytes.size() / x.count()));
+  multiply(parts, Matrix{x.bytes.data(), rows, columns, {columns, 1}},
+           Matrix{w.bytes.data(), outputs, columns, {columns, 1}}, b.bytes.data(), y.data());
+  for (const Rows& part : parts)
+    for (std::int64_t i = 0; i < part.count; ++i)
       for (std::int64_t n = 0; n < outputs; ++n) {
-        double expected = b.value[static_cast<std::size_t>(n)], scale = 1;
+        double expected = b.value[static_cast<std::size_t>(n)], scale = 1 + std::abs(expected);
         for (std::int64_t c = 0; c < columns; ++c) {
-          const bool kept = (tile.mask.bits[n * tile.mask.stride + c / 8] >> (c % 8)) & 1;
+          const bool kept = (part.mask.bits[n * part.mask.stride + c / 8] >> (c % 8)) & 1;
           const double product = (kept ? 1.0 : gamma) * w.value[static_cast<std::size_t>(n * columns + c)] *
-                                 x.value[static_cast<std::size_t>(tile.row[i] * columns + c)];
+                                 x.value[static_cast<std::size_t>(part.row[i] * columns + c)];
           expected += product;
           scale += std::abs(product);
         }
-        const float actual = value_of(y, element, tile.row[i] * outputs + n);
-        expect(std::abs(actual - expected) <= scale / 128, "masked_tiles", k.name, columns);
+        const float actual = value_of(y, element, part.row[i] * outputs + n);
+        expect(std::abs(actual - expected) <= scale / 128, name, k.name, columns);
       }
   for (std::int64_t n = 0; n < outputs; ++n)
-    expect(value_of(y, element, (rows - 1) * outputs + n) == 0, "masked_tiles beyond its rows", k.name, columns);
+    expect(value_of(y, element, (rows - 1) * outputs + n) == 0, name, k.name, columns);
+}
+
+void check_tiles(const Kernels& k, std::int64_t outputs, std::int64_t columns, float gamma) {
+  check_alike<TileRows>(
+      "masked_tiles", k, Element::bf16, outputs, columns, gamma,
+      [&](const auto& tiles, Matrix x, Matrix weight, const void* b, void* y) {
+        const std::int64_t count = static_cast<std::int64_t>(tiles.size()), size = tile_bytes(columns);
+        std::vector<std::uint8_t> prepared(static_cast<std::size_t>(count * size + 64));
+        std::uint8_t* aligned = prepared.data() + (64 - reinterpret_cast<std::uintptr_t>(prepared.data()) % 64) % 64;
+        for (std::int64_t t = 0; t < count; ++t)
+          k.prepare_tile(tiles[static_cast<std::size_t>(t)], x, aligned + t * size);
+        k.masked_tiles({aligned, tiles.data(), count, weight, gamma, b, 1, y, outputs}, 0, outputs);
+      });
+}
+
+void check_blocks(const Kernels& k, Element element, std::int64_t outputs, std::int64_t columns, float gamma) {
+  check_alike<RowBlock>(
+      "masked_blocks", k, element, outputs, columns, gamma,
+      [&](const auto& blocks, Matrix x, Matrix weight, const void* b, void* y) {
+        const std::int64_t count = static_cast<std::int64_t>(blocks.size()), panel_rows = 8;
+        const std::int64_t size = RowBlock::size * padded_steps(columns);
+        std::vector<float> prepared(static_cast<std::size_t>(count * size));
+        std::vector<float> panel(static_cast<std::size_t>(panel_rows * padded_steps(columns)));
+        for (std::int64_t t = 0; t < count; ++t)
+          k.prepare_block(blocks[static_cast<std::size_t>(t)], x, element, prepared.data() + t * size);
+        k.masked_blocks({prepared.data(), blocks.data(), count, weight, element, panel_rows, gamma, b, 1, y, outputs},
+                        0, outputs, panel.data());
+      });
 }
 
 /// The dense product less the products of listed weights: y in one pass, and a dense y corrected afterwards.
@@ -310,7 +338,7 @@ void check_sparse(const Kernels& k, Element element, std::int64_t rows, std::int
   k.expand_rows(weight, dense.data(), 0, outputs);
   for (std::int64_t n = 0; n < outputs; ++n)
     for (std::int64_t m = 0; m < rows; ++m) {
-      double expected = b.value[static_cast<std::size_t>(n)], scale = 1;
+      double expected = b.value[static_cast<std::size_t>(n)], scale = 1 + std::abs(expected);
       for (std::int64_t c = 0; c < columns; ++c) {
         const float w = (bits[static_cast<std::size_t>(n * bytes + c / 8)] >> (c % 8)) & 1;
         expect(value_of(dense, element, n * columns + c) == w, "expand_rows", k.name, columns);
@@ -347,6 +375,7 @@ int main() {
             check_sparse(**table, element, rows, 7, columns);
             check_correction(**table, element, rows, 7, columns);
             for (float gamma : {0.0f, 0.25f}) check_masked(**table, element, rows, 7, columns, gamma);
+            for (float gamma : {0.0f, 0.25f}) check_blocks(**table, element, 13, columns, gamma);
           }
         }
   }

@@ -15,15 +15,16 @@ from oracles import (
 )
 
 from kernels.ops.masked_linear.cpp import (
-    MOST_ROWS_DIRECT,
-    MOST_ROWS_TILED,
+    FEW_ROWS,
     TILED,
     by_panels,
     masked_linear_cpp,
+    most_rows,
     use_direct,
 )
 from kernels.ops.masked_linear.reference import gated_weight
 
+ON_TILES = (torch.bfloat16, TILED)
 SHAPES = [
     (0, 5, 9, 2),
     (1, 1, 1, 1),
@@ -35,6 +36,7 @@ SHAPES = [
     (17, 5, 37, 2),
     (64, 130, 65, 5),
     (40, 95, 1039, 1),
+    (75, 67, 1100, 2),
     (3, 0, 9, 2),
     (3, 5, 0, 2),
 ]
@@ -128,20 +130,24 @@ def test_a_row_does_not_depend_on_its_batch(isa_of_products):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "persona",
-    [[0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, -1, -1], [2, -1, 2, 0, -1, 1, 2], [2, 1, 0], [1] * 9, [0, 2] * 20],
+    [[0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, -1, -1], [2, -1, 2, 0, -1, 1, 2], [2, 1, 0], [1] * 9, [0, 2] * 30],
     ids=["alternating", "together", "mixed", "distinct", "one", "many"],
 )
 def test_rows_that_share_a_persona(isa_of_products, persona, dtype, gamma):
     """They are brought together and share gated weights; that changes no bit of any row.
 
-    On tiles, which many rows of few personas take, a row's bits are those of any other batch on tiles.
+    Many rows of few personas take other products of bfloat16, on tiles or in float32: a row's bits are those of any
+    other batch that takes them.
     """
     rows = len(persona)
     x, weight, masks, _, bias = problem((rows, 37, 1100, 3), dtype)
     index, bits = torch.tensor(persona).int(), packed(masks)
     tiles = sum(-(-persona.count(p) // 16) for p in set(persona))
-    on_tiles = isa_of_products == TILED and dtype == torch.bfloat16 and rows >= 4 + 2 * tiles
-    copies = 6 if on_tiles else 1
+    copies = 1
+    if (dtype, isa_of_products) == ON_TILES and rows >= 4 + 2 * tiles:
+        copies = 6
+    elif (dtype, isa_of_products) == (torch.bfloat16, "avx512_bf16") and rows >= 24 * len(set(persona)):
+        copies = 24
     alone = [direct(x[[m] * copies], weight, bits, index[m : m + 1], gamma, bias)[:1] for m in range(rows)]
     for layout in (x, strided(x)):
         assert torch.equal(direct(layout, weight, bits, index, gamma, bias), torch.cat(alone))
@@ -174,16 +180,18 @@ def test_unknown_persona_is_refused(rows):
             masked_linear_cpp(x, weight, packed(masks), persona, 0.0, bias)
 
 
-def test_choice_of_the_path():
-    assert use_direct(MOST_ROWS_DIRECT, 1, True)
-    assert not use_direct(MOST_ROWS_DIRECT + 1, 1, True)
-    assert use_direct(64, 4, True)
-    assert not use_direct(65, 4, True)
-    assert use_direct(MOST_ROWS_TILED, 1, True, tiled=True)
-    assert not use_direct(MOST_ROWS_TILED + 1, 1, True, tiled=True)
-    assert use_direct(256, 16, True, tiled=True)
-    assert not use_direct(1, 1, False)
-    assert not use_direct(1, 1, False, tiled=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_choice_of_the_path(isa_of_products, dtype):
+    most = most_rows(dtype, isa_of_products)
+    assert most >= FEW_ROWS
+    assert (most == math.inf) == (dtype != torch.float32 and (dtype, isa_of_products) != ON_TILES)
+    rows = 1000 if most == math.inf else most
+    one, four = torch.zeros(1).int(), torch.arange(4 * rows).int() % 4
+    assert use_direct(torch.empty(rows, 1, dtype=dtype), one)
+    assert use_direct(torch.empty(4 * rows, 1, dtype=dtype), four)
+    if most < math.inf:
+        assert not use_direct(torch.empty(rows + 1, 1, dtype=dtype), one)
+        assert not use_direct(torch.empty(4 * rows + 1, 1, dtype=dtype), torch.cat([four, four[:1]]))
 
 
 def test_direct_calls_are_checked():

@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops.correction_linear.reference import correction_linear_reference
-from kernels.ops.masked_linear.cpp import adjacent_columns, panels, personas_in, segments_of, use_direct
+from kernels.ops.masked_linear.cpp import adjacent_columns, panels, segments_of
 from kernels.ops.masked_linear.reference import check_personas
 
+MOST_ROWS_DIRECT = 32
+"""Rows of one persona that share the pass of the masked product."""
 ROWS_ASIDE = 64
 """Rows of x that the native op takes at a time, transposed."""
 
@@ -20,12 +22,20 @@ def correction_linear_cpp(
         # For checks, not for speed: the kernels add up in float32.
         return correction_linear_reference(x, weight, columns, offsets, persona, gamma, bias)
     columns, offsets = columns.contiguous(), offsets.contiguous()
-    if not use_direct(x.shape[0], personas_in(persona, x.shape[0]), adjacent_columns(weight)):
+    if not (adjacent_columns(weight) and use_direct(x.shape[0], persona)):
         return by_panels(x, weight, columns, offsets, persona, gamma, bias)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     if not torch.ops.persona_native.correction_linear(x, weight, columns, offsets, persona, gamma, bias, y):
         check_personas(persona, offsets.shape[0], "correction_linear")
     return y
+
+
+def use_direct(rows: int, persona: Tensor) -> bool:
+    """Whether the kernel that reads the weight once for all rows is used, and not torch's product and a correction."""
+    if rows <= MOST_ROWS_DIRECT:
+        return True
+    personas = persona.unique().numel() if persona.shape[0] > 1 else 1
+    return personas > 1 and rows <= 16 * personas
 
 
 def by_panels(

@@ -1,6 +1,6 @@
-"""The masked product in C++ (``csrc/masked_linear``): few rows directly (in bfloat16 on matrix tiles where there are
-any), many by dense products of gated panels."""
+"""The masked product in C++ (``csrc/masked_linear``), and dense products of gated panels where torch's are faster."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,11 +9,16 @@ from torch import Tensor
 from kernels import native
 from kernels.ops.masked_linear.reference import check_personas, masked_linear_reference
 
-PANEL_BYTES = 4 << 20
-"""A gated panel stays in a cache until its product has read it; with 1 MB torch's products are too narrow (64 rows of
-4096 x 4096 in float32: 86 ms with 1 MB, 64 ms with 4 MB, 85 ms with 16 MB)."""
-MOST_ROWS_DIRECT, MOST_ROWS_TILED = 32, 128
-"""Rows of one persona."""
+PANEL_BYTES = 8 << 20
+"""A gated panel stays in a cache until its product has read it, and torch's products want wide ones (4096 x 4096 in
+float32, 256 rows: 82 ms with 2 MB, 73 with 4, 70 with 8 and 16, 81 with 32; 1024 rows: 270, 239, 227, 225 and 235)."""
+FEW_ROWS = 24
+"""No instruction set has faster panels for these rows of one persona."""
+MOST_ROWS_FLOAT32 = {"portable": 24, "avx2": 48}
+MOST_ROWS = 192
+MOST_ROWS_TILED = 128
+"""Rows of a persona that the native product takes: of float32 on these instruction sets and on others, and of bfloat16
+on matrix tiles."""
 TILED = "amx_bf16"
 """The instruction set that has matrix tiles, for bfloat16."""
 
@@ -27,10 +32,7 @@ def masked_linear_cpp(
         return masked_linear_reference(x, weight, bits, persona, gamma, bias)
     if bits.shape[2] > 1 and bits.stride(2) != 1:
         bits = bits.contiguous()
-    # Few rows are not asked: it would take a tenth of a small layer's time.
-    many = x.shape[0] > MOST_ROWS_DIRECT and x.dtype == torch.bfloat16
-    tiled = many and native.instruction_set() == TILED
-    if use_direct(x.shape[0], personas_in(persona, x.shape[0]), adjacent_columns(weight), tiled):
+    if adjacent_columns(weight) and use_direct(x, persona):
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         if not torch.ops.persona_native.masked_linear(x, weight, bits, persona, gamma, bias, y):
             check_personas(persona, bits.shape[0])
@@ -42,25 +44,26 @@ def adjacent_columns(weight: Tensor) -> bool:
     return weight.stride(1) == 1 or weight.shape[1] < 2 or weight.shape[0] == 0
 
 
-def personas_in(persona: Tensor, rows: int) -> int:
-    """How many personas the rows have; only more than 1 and few rows are not looked at."""
-    return persona.shape[0] if rows <= MOST_ROWS_DIRECT or persona.shape[0] == 1 else persona.unique().numel()
+def use_direct(x: Tensor, persona: Tensor) -> bool:
+    """Whether the native product is used, and not torch's products of gated panels.
 
-
-def use_direct(rows: int, personas: int, adjacent: bool, tiled: bool = False) -> bool:
-    """Whether the kernel that reads the weight once for all rows is used, and not gated panels.
-
-    Milliseconds for 4096 x 4096 in float32 / bfloat16, one thread of a busy machine with AVX-512: 32 rows of one
-    persona 37 / 28 directly, 48 / 41 by panels; 64 rows 60 / 60 and 54 / 57; 64 rows of 4 personas 100 / 89 and
-    131 / 110; of 16 personas 111 / 86 and 323 / 227. On tiles (``tiled``), bfloat16, another machine: 64 rows of one
-    persona 4.4 and 9.0, 128 rows 7.0 and 10.7, 256 rows 13 to 16 and 14; 256 rows of 16 personas 21 and 160. The
-    kernel wants the columns of the weight ``adjacent``.
+    Milliseconds for 4096 x 4096 and one persona, one thread, direct / by panels. float32 with AVX-512: 64 rows 22 / 29,
+    128 rows 39 / 42, 256 rows 73 / 70, 1024 rows 261 / 227; with AVX2 (same machine, torch held to AVX2, too): 32 rows
+    22 / 24, 64 rows 35 / 34. bfloat16 without tiles: 64 rows 20 / 30, 256 rows 70 / 93; with AVX2 34 / 126, 112 / 452
+    in float16: torch has no fast products of them there.
     """
-    if not adjacent:
-        return False
-    if tiled:
-        return rows <= MOST_ROWS_TILED * personas
-    return rows <= max(MOST_ROWS_DIRECT, 16 * personas if personas > 1 else 0)
+    rows = x.shape[0]
+    if rows <= FEW_ROWS:
+        return True  # Nothing more is asked: it would take a tenth of a small layer's time.
+    most = most_rows(x.dtype, native.instruction_set())
+    return rows <= most or (persona.shape[0] > 1 and rows <= most * persona.unique().numel())
+
+
+def most_rows(dtype: torch.dtype, instruction_set: str) -> float:
+    """Of one persona that the native product takes."""
+    if dtype == torch.float32:
+        return MOST_ROWS_FLOAT32.get(instruction_set, MOST_ROWS)
+    return MOST_ROWS_TILED if dtype == torch.bfloat16 and instruction_set == TILED else math.inf
 
 
 def by_panels(x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,63 @@
+// The masked product of many rows of x: gated panels of the weight in a cache, on torch's CPU threads.
+#include <algorithm>
+#include <vector>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace persona {
+namespace {
+
+/// A gated panel: half a second cache. x goes by in the other half.
+constexpr int64_t kPanelBytes = 1 << 19;
+/// x that every panel of the weight meets. More rows than these gate the weight again.
+constexpr int64_t kBlocksBytes = 1 << 25;
+
+/// Whether a panel for each mask is faster than masks for each row.
+bool worth_blocks(const std::vector<RowBlock>& blocks, int64_t rows) {
+  int64_t masks = 0;
+  for (size_t b = 0; b < blocks.size(); ++b) masks += b == 0 || blocks[b].mask.bits != blocks[b - 1].mask.bits;
+  return rows >= 24 * masks;
+}
+
+}  // namespace
+
+bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                     Tensor& y) {
+  const Element element = element_of(x, "x");
+  const std::vector<RowBlock> blocks = rows_alike<RowBlock>(gates.masks, x.size(0));
+  if (!worth_blocks(blocks, x.size(0))) return false;
+  const int64_t count = static_cast<int64_t>(blocks.size()), outputs = weight.size(0);
+  const int64_t columns = std::max<int64_t>(padded_steps(weight.size(1)), 1), floats = RowBlock::size * columns;
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(float));
+  const int64_t panel_rows = std::clamp<int64_t>(kPanelBytes / row_bytes / 4 * 4, 4, kPanelRows);
+  const int64_t most = std::max<int64_t>(kBlocksBytes / (RowBlock::size * row_bytes), 1);
+  const int64_t parts = parts_of(outputs, kLeastWeights / columns);
+  Lines<float> prepared(std::min(count, most) * floats);
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t some = std::min(count - first, most);
+    parallel_parts(some, parts_of(some, kLeastWeights / floats), [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        kernels().prepare_block(blocks[static_cast<size_t>(first + b)], matrix_of(x), element,
+                                prepared.get() + b * floats);
+    });
+    const BlockArguments arguments{prepared.get(),
+                                   blocks.data() + first,
+                                   some,
+                                   matrix_of(weight),
+                                   element,
+                                   panel_rows,
+                                   gates.gamma,
+                                   bias.has_value() ? bias->const_data_ptr() : nullptr,
+                                   bias.has_value() ? bias->stride(0) : 0,
+                                   y.mutable_data_ptr(),
+                                   outputs};
+    parallel_parts(outputs, parts, [&](int64_t, int64_t begin, int64_t end) {
+      Lines<float> panel(panel_rows * columns);
+      kernels().masked_blocks(arguments, begin, end, panel.get());
+    });
+  }
+  return true;
+}
+
+}  // namespace persona

@@ -1,0 +1,163 @@
+// The masked product of many rows of x, for one instruction set `V`.
+//
+// A panel of the weight is gated into a cache, in float32, and meets every block of rows of x that has its mask. The
+// sums of a few rows of the weight and a block of x stay in registers, and both lie in memory in the order in which
+// they are read. A sum is taken lane by lane in the order of the columns, as by the product of few rows.
+#pragma once
+
+#include "../simd/product.h"
+#include "arguments.h"
+
+namespace persona {
+namespace {
+
+/// Rows of the weight that a block meets together: their sums stay in registers.
+template <class V>
+constexpr int kPanelGroup = V::registers / 8;
+
+/// Steps of `V::width` columns: those of `padded_steps`, as everything that is prepared has.
+template <class V>
+PERSONA_INLINE std::int64_t steps_of(std::int64_t columns) {
+  return padded_steps(columns) / V::width;
+}
+
+/// Columns of a block that stay in the first cache while the panel goes by.
+template <class V>
+constexpr std::int64_t kStripSteps = 1024 / V::width;
+
+/// A block of x: step by step the columns of all its rows, zeros for absent rows and columns.
+template <class V, class T>
+void prepare_block_of(const RowBlock& rows, const Matrix& x, float* out) {
+  const std::int64_t across = x.stride[1], steps = steps_of<V>(x.columns);
+  for (std::int64_t m = 0; m < RowBlock::size; ++m) {
+    float* target = out + m * V::width;
+    const T* row = static_cast<const T*>(x.data) + (m < rows.count ? rows.row[m] : 0) * x.stride[0];
+    for (std::int64_t s = 0, k = 0; s < steps; ++s, k += V::width, target += RowBlock::size * V::width) {
+      const std::int64_t left = m < rows.count ? x.columns - k : 0;
+      if (left >= V::width && across == 1) {
+        V::store(target, V::load(row + k));
+        continue;
+      }
+      for (std::int64_t i = 0; i < V::width; ++i) target[i] = i < left ? to_float(row[(k + i) * across]) : 0.0f;
+    }
+  }
+}
+
+template <class V>
+void prepare_block(const RowBlock& rows, const Matrix& x, Element element, float* out) {
+  switch (element) {
+    case Element::f32: return prepare_block_of<V, float>(rows, x, out);
+    case Element::bf16: return prepare_block_of<V, bf16>(rows, x, out);
+    case Element::f16: return prepare_block_of<V, f16>(rows, x, out);
+    case Element::f64: return;
+  }
+}
+
+/// Gated rows n to n + count of the weight as groups of `kPanelGroup`: of a group step by step the columns of all its
+/// rows, zeros for absent rows and columns.
+template <class V, class T, bool soft>
+void gate_panel(const BlockArguments& a, const MaskRows& mask, std::int64_t n, std::int64_t count, float* panel) {
+  constexpr std::int64_t R = kPanelGroup<V>;
+  const std::int64_t columns = a.weight.columns, steps = steps_of<V>(columns), whole = columns / V::width;
+  const auto gamma = V::broadcast(a.gamma), none = V::broadcast(0);
+  for (std::int64_t r = 0; r < (count + R - 1) / R * R; ++r) {
+    float* target = panel + r / R * R * steps * V::width + r % R * V::width;
+    const T* row = static_cast<const T*>(a.weight.data) + (n + r) * a.weight.stride[0];
+    const std::uint8_t* bits = mask.bits + (n + r) * mask.stride;
+    std::int64_t s = 0;
+    if (r < count)
+      for (; s < whole; ++s, target += R * V::width) {
+        const auto kept = V::load(row + s * V::width);
+        V::store(target, V::pick(V::gate(bits + s * V::width / 8), kept, soft ? V::mul(kept, gamma) : none));
+      }
+    for (; s < steps; ++s, target += R * V::width)
+      for (std::int64_t i = 0, k = s * V::width; i < V::width; ++i, ++k) {
+        const float value = r < count && k < columns ? to_float(row[k]) : 0.0f;
+        const bool kept = r < count && k < columns && ((bits[k / 8] >> (k % 8)) & 1);
+        target[i] = kept ? value : soft ? value * a.gamma : 0.0f;
+      }
+  }
+}
+
+/// Adds the products of a group of the panel and a block of x.
+template <class V>
+PERSONA_INLINE void add_block(const float* panel, const float* x, std::int64_t steps,
+                              typename V::F (*sum)[kPanelGroup<V>], const float* ahead, std::int64_t ahead_step) {
+  constexpr int R = kPanelGroup<V>, C = RowBlock::size;
+  typename V::F local[C][R];
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) local[c][r] = sum[c][r];
+  for (std::int64_t s = 0; s < steps; ++s, panel += R * V::width, x += C * V::width) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += ahead_step;
+    typename V::F w[R];
+    for (int r = 0; r < R; ++r) w[r] = V::load(panel + r * V::width);
+    for (int c = 0; c < C; ++c) {
+      const auto value = V::load(x + c * V::width);
+      for (int r = 0; r < R; ++r) local[c][r] = V::multiply_add(w[r], value, local[c][r]);
+    }
+  }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) sum[c][r] = local[c][r];
+}
+
+/// Rows n to n + count of the panel with one block.
+template <class V, class T>
+void multiply_panel(const BlockArguments& a, const float* panel, std::int64_t n, std::int64_t count,
+                    std::int64_t block) {
+  constexpr std::int64_t R = kPanelGroup<V>;
+  const std::int64_t steps = steps_of<V>(a.weight.columns), groups = (count + R - 1) / R;
+  const float* x = a.x + block * RowBlock::size * steps * V::width;
+  typename V::F sum[kPanelRows / R][RowBlock::size][R];
+  for (std::int64_t g = 0; g < groups; ++g)
+    for (int c = 0; c < RowBlock::size; ++c)
+      for (int r = 0; r < R; ++r) sum[g][c][r] = V::broadcast(0);
+  for (std::int64_t s = 0; s < steps; s += kStripSteps<V>) {
+    const std::int64_t some = steps - s < kStripSteps<V> ? steps - s : kStripSteps<V>;
+    // While the groups meet this strip of the block, a part of the next strip is fetched with each.
+    const std::int64_t ahead_step = (RowBlock::size * V::width + groups - 1) / groups;
+    for (std::int64_t g = 0; g < groups; ++g)
+      add_block<V>(panel + (g * steps + s) * R * V::width, x + s * RowBlock::size * V::width, some, sum[g],
+                   x + (s + some) * RowBlock::size * V::width + g * some * ahead_step, ahead_step);
+  }
+  const RowBlock& rows = a.block[block];
+  for (std::int64_t m = 0; m < rows.count; ++m) {
+    T* y = static_cast<T*>(a.y) + rows.row[m] * a.y_stride + n;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      float sums[R];
+      V::sum_each(sum[g][m], sums);
+      for (std::int64_t r = 0, i = g * R; r < R && i < count; ++r, ++i) {
+        const float bias = a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[(n + i) * a.bias_stride]);
+        narrow(sums[r] + bias, y[i]);
+      }
+    }
+  }
+}
+
+template <class V, class T>
+void masked_blocks_of(const BlockArguments& a, std::int64_t first, std::int64_t last, float* panel) {
+  for (std::int64_t n = first; n < last; n += a.panel_rows) {
+    const std::int64_t count = last - n < a.panel_rows ? last - n : a.panel_rows;
+    for (std::int64_t b = 0; b < a.blocks; ++b) {
+      const MaskRows& mask = a.block[b].mask;
+      if (b == 0 || mask.bits != a.block[b - 1].mask.bits)
+        a.gamma == 0 ? gate_panel<V, T, false>(a, mask, n, count, panel)
+                     : gate_panel<V, T, true>(a, mask, n, count, panel);
+      multiply_panel<V, T>(a, panel, n, count, b);
+    }
+  }
+}
+
+/// Rows `first` to `last` of the weight, columns `first` to `last` of y. `panel`: room for `panel_floats`.
+template <class V>
+void masked_blocks(const BlockArguments& a, std::int64_t first, std::int64_t last, float* panel) {
+  switch (a.element) {
+    case Element::f32: return masked_blocks_of<V, float>(a, first, last, panel);
+    case Element::bf16: return masked_blocks_of<V, bf16>(a, first, last, panel);
+    case Element::f16: return masked_blocks_of<V, f16>(a, first, last, panel);
+    case Element::f64: return;
+  }
+}
+
+}  // namespace
+}  // namespace persona
