@@ -87,19 +87,23 @@ using TileRows = RowsAlike<16>;
 /// At most this many rows of the weight in a gated panel of the product of many rows.
 constexpr std::int64_t kPanelRows = 64;
 
-/// The masked product of many rows.
+/// The product of many rows, whatever panels of the weight are made from.
 struct BlockArguments {
   const float* x;         // from prepare_block, one block behind the other
   const RowBlock* block;  // those of one mask lie together
-  std::int64_t blocks;
-  Matrix weight;  // [N, K], columns adjacent
+  std::int64_t blocks, columns;
   Element element;
   std::int64_t panel_rows;
-  float gamma;
   const void* bias;  // [N], or null
   std::int64_t bias_stride;
   void* y;  // [M, N]
   std::int64_t y_stride;
+};
+
+struct MaskedBlocks {
+  BlockArguments product;
+  Matrix weight;  // [N, K], columns adjacent
+  float gamma;
 };
 
 /// The masked product in bfloat16 on matrix tiles.

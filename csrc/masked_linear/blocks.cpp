@@ -1,4 +1,4 @@
-// The masked product of many rows of x: gated panels of the weight in a cache, on torch's CPU threads.
+// The products of many rows of x: panels of the weight in a cache, on torch's CPU threads.
 #include <algorithm>
 #include <vector>
 
@@ -8,9 +8,9 @@
 namespace persona {
 namespace {
 
-/// A gated panel: half a second cache. x goes by in the other half.
+/// A panel: a quarter of a second cache. x goes by in the rest.
 constexpr int64_t kPanelBytes = 1 << 19;
-/// x that every panel of the weight meets. More rows than these gate the weight again.
+/// x that every panel of the weight meets. More rows than these make its panels again.
 constexpr int64_t kBlocksBytes = 1 << 25;
 
 /// Whether a panel for each mask is faster than masks for each row.
@@ -22,17 +22,16 @@ bool worth_blocks(const std::vector<RowBlock>& blocks, int64_t rows) {
 
 }  // namespace
 
-bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
-                     Tensor& y) {
+void multiply_by_blocks(const Tensor& x, const std::vector<RowBlock>& blocks, const std::optional<Tensor>& bias,
+                        Tensor& y,
+                        const std::function<void(const BlockArguments&, int64_t, int64_t, float*)>& multiply) {
   const Element element = element_of(x, "x");
-  const std::vector<RowBlock> blocks = rows_alike<RowBlock>(gates.masks, x.size(0));
-  if (!worth_blocks(blocks, x.size(0))) return false;
-  const int64_t count = static_cast<int64_t>(blocks.size()), outputs = weight.size(0);
-  const int64_t columns = std::max<int64_t>(padded_steps(weight.size(1)), 1), floats = RowBlock::size * columns;
-  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(float));
+  const int64_t count = static_cast<int64_t>(blocks.size()), outputs = y.size(1);
+  const int64_t padded = std::max<int64_t>(padded_steps(x.size(1)), 1), floats = RowBlock::size * padded;
+  const int64_t row_bytes = padded * static_cast<int64_t>(sizeof(float));
+  // A multiple of every group.
   const int64_t panel_rows = std::clamp<int64_t>(kPanelBytes / row_bytes / 4 * 4, 4, kPanelRows);
   const int64_t most = std::max<int64_t>(kBlocksBytes / (RowBlock::size * row_bytes), 1);
-  const int64_t parts = parts_of(outputs, kLeastWeights / columns);
   Lines<float> prepared(std::min(count, most) * floats);
   for (int64_t first = 0; first < count; first += most) {
     const int64_t some = std::min(count - first, most);
@@ -44,19 +43,27 @@ bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, 
     const BlockArguments arguments{prepared.get(),
                                    blocks.data() + first,
                                    some,
-                                   matrix_of(weight),
+                                   x.size(1),
                                    element,
                                    panel_rows,
-                                   gates.gamma,
                                    bias.has_value() ? bias->const_data_ptr() : nullptr,
                                    bias.has_value() ? bias->stride(0) : 0,
                                    y.mutable_data_ptr(),
                                    outputs};
-    parallel_parts(outputs, parts, [&](int64_t, int64_t begin, int64_t end) {
-      Lines<float> panel(panel_rows * columns);
-      kernels().masked_blocks(arguments, begin, end, panel.get());
+    parallel_parts(outputs, parts_of(outputs, kLeastWeights / padded), [&](int64_t, int64_t begin, int64_t end) {
+      Lines<float> panel(panel_rows * padded);
+      multiply(arguments, begin, end, panel.get());
     });
   }
+}
+
+bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                     Tensor& y) {
+  const std::vector<RowBlock> blocks = rows_alike<RowBlock>(gates.masks, x.size(0));
+  if (!worth_blocks(blocks, x.size(0))) return false;
+  multiply_by_blocks(x, blocks, bias, y, [&](const BlockArguments& a, int64_t first, int64_t last, float* panel) {
+    kernels().masked_blocks({a, matrix_of(weight), gates.gamma}, first, last, panel);
+  });
   return true;
 }
 

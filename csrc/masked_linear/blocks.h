@@ -1,6 +1,6 @@
-// The masked product of many rows of x, for one instruction set `V`.
+// The product of many rows of x with gated or compressed weights, for one instruction set `V`.
 //
-// A panel of the weight is gated into a cache, in float32, and meets every block of rows of x that has its mask. The
+// A panel of the weight is written to a cache, in float32, and meets every block of rows of x that has its mask. The
 // sums of a few rows of the weight and a block of x stay in registers, and both lie in memory in the order in which
 // they are read. A sum is taken lane by lane in the order of the columns, as by the product of few rows.
 #pragma once
@@ -53,29 +53,43 @@ void prepare_block(const RowBlock& rows, const Matrix& x, Element element, float
   }
 }
 
-/// Gated rows n to n + count of the weight as groups of `kPanelGroup`: of a group step by step the columns of all its
-/// rows, zeros for absent rows and columns.
-template <class V, class T, bool soft>
-void gate_panel(const BlockArguments& a, const MaskRows& mask, std::int64_t n, std::int64_t count, float* panel) {
+/// Where a panel keeps row r: of a group step by step the columns of all its rows.
+template <class V>
+PERSONA_INLINE float* panel_row(float* panel, std::int64_t r, std::int64_t steps) {
   constexpr std::int64_t R = kPanelGroup<V>;
+  return panel + (r / R * R * steps + r % R) * V::width;
+}
+
+/// From one step of a row in a panel to the next.
+template <class V>
+constexpr std::int64_t kPanelStep = kPanelGroup<V> * V::width;
+
+/// Writes `width` values, `value(i)` where that is inside of the row and 0 behind it, to the steps from s on.
+template <class V, class F>
+PERSONA_INLINE void finish_row(float* row, std::int64_t s, std::int64_t steps, std::int64_t columns, const F& value) {
+  for (; s < steps; ++s)
+    for (std::int64_t i = 0, k = s * V::width; i < V::width; ++i, ++k)
+      row[s * kPanelStep<V> + i] = k < columns ? value(k) : 0.0f;
+}
+
+/// Gated rows n to n + count of the weight.
+template <class V, class T, bool soft>
+void gate_panel(const MaskedBlocks& a, const MaskRows& mask, std::int64_t n, std::int64_t count, float* panel) {
   const std::int64_t columns = a.weight.columns, steps = steps_of<V>(columns), whole = columns / V::width;
   const auto gamma = V::broadcast(a.gamma), none = V::broadcast(0);
-  for (std::int64_t r = 0; r < (count + R - 1) / R * R; ++r) {
-    float* target = panel + r / R * R * steps * V::width + r % R * V::width;
+  for (std::int64_t r = 0; r < count; ++r) {
+    float* target = panel_row<V>(panel, r, steps);
     const T* row = static_cast<const T*>(a.weight.data) + (n + r) * a.weight.stride[0];
     const std::uint8_t* bits = mask.bits + (n + r) * mask.stride;
-    std::int64_t s = 0;
-    if (r < count)
-      for (; s < whole; ++s, target += R * V::width) {
-        const auto kept = V::load(row + s * V::width);
-        V::store(target, V::pick(V::gate(bits + s * V::width / 8), kept, soft ? V::mul(kept, gamma) : none));
-      }
-    for (; s < steps; ++s, target += R * V::width)
-      for (std::int64_t i = 0, k = s * V::width; i < V::width; ++i, ++k) {
-        const float value = r < count && k < columns ? to_float(row[k]) : 0.0f;
-        const bool kept = r < count && k < columns && ((bits[k / 8] >> (k % 8)) & 1);
-        target[i] = kept ? value : soft ? value * a.gamma : 0.0f;
-      }
+    for (std::int64_t s = 0; s < whole; ++s) {
+      const auto kept = V::load(row + s * V::width);
+      V::store(target + s * kPanelStep<V>,
+               V::pick(V::gate(bits + s * V::width / 8), kept, soft ? V::mul(kept, gamma) : none));
+    }
+    finish_row<V>(target, whole, steps, columns, [&](std::int64_t k) {
+      const float value = to_float(row[k]);
+      return (bits[k / 8] >> (k % 8)) & 1 ? value : soft ? value * a.gamma : 0.0f;
+    });
   }
 }
 
@@ -83,11 +97,11 @@ void gate_panel(const BlockArguments& a, const MaskRows& mask, std::int64_t n, s
 template <class V>
 PERSONA_INLINE void add_block(const float* panel, const float* x, std::int64_t steps,
                               typename V::F (*sum)[kPanelGroup<V>], const float* ahead, std::int64_t ahead_step) {
-  constexpr int R = kPanelGroup<V>, C = RowBlock::size;
+  constexpr int R = kPanelGroup<V>, C = static_cast<int>(RowBlock::size);
   typename V::F local[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) local[c][r] = sum[c][r];
-  for (std::int64_t s = 0; s < steps; ++s, panel += R * V::width, x += C * V::width) {
+  for (std::int64_t s = 0; s < steps; ++s, panel += kPanelStep<V>, x += C * V::width) {
     __builtin_prefetch(ahead, 0, 2);
     ahead += ahead_step;
     typename V::F w[R];
@@ -101,24 +115,24 @@ PERSONA_INLINE void add_block(const float* panel, const float* x, std::int64_t s
     for (int r = 0; r < R; ++r) sum[c][r] = local[c][r];
 }
 
-/// Rows n to n + count of the panel with one block.
+/// Rows n to n + count of the weight, in the panel, with one block.
 template <class V, class T>
 void multiply_panel(const BlockArguments& a, const float* panel, std::int64_t n, std::int64_t count,
                     std::int64_t block) {
-  constexpr std::int64_t R = kPanelGroup<V>;
-  const std::int64_t steps = steps_of<V>(a.weight.columns), groups = (count + R - 1) / R;
-  const float* x = a.x + block * RowBlock::size * steps * V::width;
-  typename V::F sum[kPanelRows / R][RowBlock::size][R];
+  constexpr std::int64_t R = kPanelGroup<V>, C = RowBlock::size;
+  const std::int64_t steps = steps_of<V>(a.columns), groups = (count + R - 1) / R;
+  const float* x = a.x + block * C * steps * V::width;
+  typename V::F sum[kPanelRows / R][C][R];
   for (std::int64_t g = 0; g < groups; ++g)
-    for (int c = 0; c < RowBlock::size; ++c)
+    for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) sum[g][c][r] = V::broadcast(0);
   for (std::int64_t s = 0; s < steps; s += kStripSteps<V>) {
     const std::int64_t some = steps - s < kStripSteps<V> ? steps - s : kStripSteps<V>;
     // While the groups meet this strip of the block, a part of the next strip is fetched with each.
-    const std::int64_t ahead_step = (RowBlock::size * V::width + groups - 1) / groups;
+    const std::int64_t ahead_step = (C * V::width + groups - 1) / groups;
     for (std::int64_t g = 0; g < groups; ++g)
-      add_block<V>(panel + (g * steps + s) * R * V::width, x + s * RowBlock::size * V::width, some, sum[g],
-                   x + (s + some) * RowBlock::size * V::width + g * some * ahead_step, ahead_step);
+      add_block<V>(panel + (g * steps + s) * kPanelStep<V>, x + s * C * V::width, some, sum[g],
+                   x + (s + some) * C * V::width + g * some * ahead_step, ahead_step);
   }
   const RowBlock& rows = a.block[block];
   for (std::int64_t m = 0; m < rows.count; ++m) {
@@ -134,24 +148,35 @@ void multiply_panel(const BlockArguments& a, const float* panel, std::int64_t n,
   }
 }
 
-template <class V, class T>
-void masked_blocks_of(const BlockArguments& a, std::int64_t first, std::int64_t last, float* panel) {
+/// Panels of rows `first` to `last` of the weight with all blocks; `fill(block, n, count)` writes one for a block.
+template <class V, class T, class F>
+void multiply_panels(const BlockArguments& a, std::int64_t first, std::int64_t last, float* panel, const F& fill) {
+  constexpr std::int64_t R = kPanelGroup<V>;
+  const std::int64_t steps = steps_of<V>(a.columns);
   for (std::int64_t n = first; n < last; n += a.panel_rows) {
     const std::int64_t count = last - n < a.panel_rows ? last - n : a.panel_rows;
+    // What the last group lacks.
+    for (std::int64_t r = count; r % R != 0; ++r)
+      finish_row<V>(panel_row<V>(panel, r, steps), 0, steps, 0, [](std::int64_t) { return 0.0f; });
     for (std::int64_t b = 0; b < a.blocks; ++b) {
-      const MaskRows& mask = a.block[b].mask;
-      if (b == 0 || mask.bits != a.block[b - 1].mask.bits)
-        a.gamma == 0 ? gate_panel<V, T, false>(a, mask, n, count, panel)
-                     : gate_panel<V, T, true>(a, mask, n, count, panel);
+      if (b == 0 || a.block[b].mask.bits != a.block[b - 1].mask.bits) fill(a.block[b], n, count);
       multiply_panel<V, T>(a, panel, n, count, b);
     }
   }
 }
 
-/// Rows `first` to `last` of the weight, columns `first` to `last` of y. `panel`: room for `panel_floats`.
+template <class V, class T>
+void masked_blocks_of(const MaskedBlocks& a, std::int64_t first, std::int64_t last, float* panel) {
+  multiply_panels<V, T>(a.product, first, last, panel, [&](const RowBlock& rows, std::int64_t n, std::int64_t count) {
+    a.gamma == 0 ? gate_panel<V, T, false>(a, rows.mask, n, count, panel)
+                 : gate_panel<V, T, true>(a, rows.mask, n, count, panel);
+  });
+}
+
+/// Rows `first` to `last` of the weight, columns `first` to `last` of y. `panel`: room for `panel_rows` padded rows.
 template <class V>
-void masked_blocks(const BlockArguments& a, std::int64_t first, std::int64_t last, float* panel) {
-  switch (a.element) {
+void masked_blocks(const MaskedBlocks& a, std::int64_t first, std::int64_t last, float* panel) {
+  switch (a.product.element) {
     case Element::f32: return masked_blocks_of<V, float>(a, first, last, panel);
     case Element::bf16: return masked_blocks_of<V, bf16>(a, first, last, panel);
     case Element::f16: return masked_blocks_of<V, f16>(a, first, last, panel);

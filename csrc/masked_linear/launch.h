@@ -102,8 +102,14 @@ void check_product(const Tensor& x, const Tensor& weight, const Tensor& persona,
 void multiply_rows(const PreparedRows& x, int64_t rows, const Tensor& weight, const Gates& gates,
                    const std::optional<Tensor>& bias, void* y);
 
-/// The same without `gates.removed` by gated panels, which many rows of x share. False where too few share a mask, or
-/// bfloat16 has faster products: nothing is done.
+/// Calls `multiply(arguments, first, last, panel)` for parts of the rows of a weight [N, K], and of x where it is
+/// large.
+void multiply_by_blocks(const Tensor& x, const std::vector<RowBlock>& blocks, const std::optional<Tensor>& bias,
+                        Tensor& y,
+                        const std::function<void(const BlockArguments&, int64_t, int64_t, float*)>& multiply);
+
+/// The same as `multiply_rows` by gated panels, which many rows of x share, without `gates.removed`. False where too
+/// few share a mask: nothing is done.
 bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
                      Tensor& y);
 

@@ -24,10 +24,11 @@ struct Kernels {
   void (*prepare_rows)(const Matrix&, Element, void*);
   void (*masked_linear)(const MaskedArguments&, std::int64_t, std::int64_t);
   void (*prepare_block)(const RowBlock&, const Matrix&, Element, float*);
-  void (*masked_blocks)(const BlockArguments&, std::int64_t, std::int64_t, float*);
+  void (*masked_blocks)(const MaskedBlocks&, std::int64_t, std::int64_t, float*);
   void (*gate_rows)(const GateArguments&, std::int64_t, std::int64_t);
   void (*subtract_removed)(const SubtractArguments&, std::int64_t, std::int64_t);
   void (*sparse_linear)(const SparseArguments&, std::int64_t, std::int64_t);
+  void (*sparse_blocks)(const SparseBlocks&, std::int64_t, std::int64_t, float*);
   void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
   // Null where there are no matrix tiles.
   void (*prepare_tile)(const TileRows&, const Matrix&, void*);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../simd/elements.h"
+#include "../masked_linear/arguments.h"
 
 namespace persona {
 
@@ -27,6 +27,11 @@ struct SparseArguments {
   std::int64_t bias_stride;
   void* y;  // [M, N]
   std::int64_t y_stride;
+};
+
+struct SparseBlocks {
+  BlockArguments product;
+  SparseMatrix weight;
 };
 
 }  // namespace persona

@@ -5,6 +5,9 @@
 namespace persona {
 namespace {
 
+/// Every four rows of x expand the weight again; more than these do better with panels.
+constexpr int64_t kMostRowsDirect = 12;
+
 SparseMatrix sparse_of(const Tensor& values, const Tensor& bits, const Tensor& offsets, int64_t columns) {
   check_cpu(bits, "bits", 2);
   const int64_t rows = bits.size(0);
@@ -37,6 +40,13 @@ void sparse_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& bits
   if (bias.has_value()) {
     check_cpu(*bias, "bias", 1);
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == weight.rows, "bias must be [N]");
+  }
+  if (rows > kMostRowsDirect) {
+    multiply_by_blocks(x, rows_alike<RowBlock>({MaskRows{nullptr, 0}}, rows), bias, y,
+                       [&](const BlockArguments& a, int64_t first, int64_t last, float* panel) {
+                         kernels().sparse_blocks({a, weight}, first, last, panel);
+                       });
+    return;
   }
   const PreparedRows prepared(x);
   const auto kernel = kernels().sparse_linear;

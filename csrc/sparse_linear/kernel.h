@@ -4,7 +4,7 @@
 // apart are read together, and a strip of each meets every row of x (as in masked_linear).
 #pragma once
 
-#include "../masked_linear/arguments.h"
+#include "../masked_linear/blocks.h"
 #include "../simd/product.h"
 #include "arguments.h"
 
@@ -135,6 +135,44 @@ void expand_rows(const SparseMatrix& w, void* out, std::int64_t first, std::int6
     case Element::f32: return expand_rows_of<V, float>(w, out, first, last);
     case Element::bf16: return expand_rows_of<V, bf16>(w, out, first, last);
     case Element::f16: return expand_rows_of<V, f16>(w, out, first, last);
+    case Element::f64: return;
+  }
+}
+
+/// Rows n to n + count as a panel.
+template <class V, class T>
+void expand_panel(const SparseMatrix& w, std::int64_t n, std::int64_t count, float* panel) {
+  const std::int64_t steps = steps_of<V>(w.columns), whole = w.columns / V::width;
+  const T* end = static_cast<const T*>(w.values) + w.offsets[w.rows];
+  for (std::int64_t r = 0; r < count; ++r) {
+    float* target = panel_row<V>(panel, r, steps);
+    const T* value = static_cast<const T*>(w.values) + w.offsets[n + r];
+    const std::uint8_t* bits = w.bits + (n + r) * ((w.columns + 7) / 8);
+    for (std::int64_t s = 0; s < whole; ++s) {
+      V::store(target + s * kPanelStep<V>, V::expand(value, bits + s * V::width / 8));
+      value += V::count_bits(bits + s * V::width / 8);
+      value = value < end ? value : end;
+    }
+    finish_row<V>(target, whole, steps, w.columns, [&](std::int64_t k) {
+      return (bits[k / 8] >> (k % 8)) & 1 && value < end ? to_float(*value++) : 0.0f;
+    });
+  }
+}
+
+template <class V, class T>
+void sparse_blocks_of(const SparseBlocks& a, std::int64_t first, std::int64_t last, float* panel) {
+  multiply_panels<V, T>(a.product, first, last, panel, [&](const RowBlock&, std::int64_t n, std::int64_t count) {
+    expand_panel<V, T>(a.weight, n, count, panel);
+  });
+}
+
+/// As `masked_blocks`.
+template <class V>
+void sparse_blocks(const SparseBlocks& a, std::int64_t first, std::int64_t last, float* panel) {
+  switch (a.product.element) {
+    case Element::f32: return sparse_blocks_of<V, float>(a, first, last, panel);
+    case Element::bf16: return sparse_blocks_of<V, bf16>(a, first, last, panel);
+    case Element::f16: return sparse_blocks_of<V, f16>(a, first, last, panel);
     case Element::f64: return;
   }
 }

@@ -245,18 +245,19 @@ void check_tiles(const Kernels& k, std::int64_t outputs, std::int64_t columns, f
 }
 
 void check_blocks(const Kernels& k, Element element, std::int64_t outputs, std::int64_t columns, float gamma) {
-  check_alike<RowBlock>(
-      "masked_blocks", k, element, outputs, columns, gamma,
-      [&](const auto& blocks, Matrix x, Matrix weight, const void* b, void* y) {
-        const std::int64_t count = static_cast<std::int64_t>(blocks.size()), panel_rows = 8;
-        const std::int64_t size = RowBlock::size * padded_steps(columns);
-        std::vector<float> prepared(static_cast<std::size_t>(count * size));
-        std::vector<float> panel(static_cast<std::size_t>(panel_rows * padded_steps(columns)));
-        for (std::int64_t t = 0; t < count; ++t)
-          k.prepare_block(blocks[static_cast<std::size_t>(t)], x, element, prepared.data() + t * size);
-        k.masked_blocks({prepared.data(), blocks.data(), count, weight, element, panel_rows, gamma, b, 1, y, outputs},
-                        0, outputs, panel.data());
-      });
+  check_alike<RowBlock>("masked_blocks", k, element, outputs, columns, gamma,
+                        [&](const auto& blocks, Matrix x, Matrix weight, const void* b, void* y) {
+                          const std::int64_t count = static_cast<std::int64_t>(blocks.size()), panel_rows = 8;
+                          const std::int64_t size = RowBlock::size * padded_steps(columns);
+                          std::vector<float> prepared(static_cast<std::size_t>(count * size));
+                          std::vector<float> panel(static_cast<std::size_t>(panel_rows * padded_steps(columns)));
+                          for (std::int64_t t = 0; t < count; ++t)
+                            k.prepare_block(blocks[static_cast<std::size_t>(t)], x, element,
+                                            prepared.data() + t * size);
+                          const BlockArguments product{
+                              prepared.data(), blocks.data(), count, columns, element, panel_rows, b, 1, y, outputs};
+                          k.masked_blocks({product, weight, gamma}, 0, outputs, panel.data());
+                        });
 }
 
 /// The dense product less the products of listed weights: y in one pass, and a dense y corrected afterwards.

@@ -182,7 +182,7 @@ def test_unknown_persona_is_refused(rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_choice_of_the_path(isa_of_products, dtype):
-    most = most_rows(dtype, isa_of_products)
+    most = most_rows(dtype)
     assert most >= FEW_ROWS
     assert (most == math.inf) == (dtype != torch.float32 and (dtype, isa_of_products) != ON_TILES)
     rows = 1000 if most == math.inf else most

@@ -13,7 +13,7 @@ from kernels.ops.sparse_linear import PADDING
 from kernels.ops.sparse_linear.cpp import sparse_linear_cpp
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
-SHAPES = [(0, 5, 9), (1, 1, 1), (3, 6, 8), (5, 7, 15), (16, 33, 577), (2, 13, 1100), (17, 37, 65), (64, 130, 33)]
+SHAPES = [(0, 5, 9), (1, 1, 1), (3, 6, 8), (5, 7, 15), (16, 33, 577), (2, 13, 1100), (17, 37, 65), (64, 130, 33), (27, 67, 1100)]
 SHAPES += [(3, 0, 9), (3, 5, 0)]
 
 

@@ -55,12 +55,13 @@ def use_direct(x: Tensor, persona: Tensor) -> bool:
     rows = x.shape[0]
     if rows <= FEW_ROWS:
         return True  # Nothing more is asked: it would take a tenth of a small layer's time.
-    most = most_rows(x.dtype, native.instruction_set())
+    most = most_rows(x.dtype)
     return rows <= most or (persona.shape[0] > 1 and rows <= most * persona.unique().numel())
 
 
-def most_rows(dtype: torch.dtype, instruction_set: str) -> float:
-    """Of one persona that the native product takes."""
+def most_rows(dtype: torch.dtype) -> float:
+    """Of one persona that the native product takes with the instruction set in use."""
+    instruction_set = native.instruction_set()
     if dtype == torch.float32:
         return MOST_ROWS_FLOAT32.get(instruction_set, MOST_ROWS)
     return MOST_ROWS_TILED if dtype == torch.bfloat16 and instruction_set == TILED else math.inf

@@ -3,12 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.ops.masked_linear.cpp import dense_product, panel_rows
+from kernels.ops.masked_linear.cpp import FEW_ROWS, dense_product, most_rows, panel_rows
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
-
-MOST_ROWS_DIRECT = 16
-"""Every four rows of x expand the weight again."""
-
 
 def sparse_linear_cpp(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See ``kernels.ops.sparse_linear``."""
@@ -17,9 +13,10 @@ def sparse_linear_cpp(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, 
         return sparse_linear_reference(x, values, bits, offsets, bias)
     values, bits, offsets = values.contiguous(), bits.contiguous(), offsets.contiguous()
     y = torch.empty(x.shape[0], bits.shape[0], dtype=x.dtype)
-    if x.shape[0] <= MOST_ROWS_DIRECT:
+    if x.shape[0] <= FEW_ROWS or x.shape[0] <= most_rows(x.dtype):
         torch.ops.persona_native.sparse_linear(x, values, bits, offsets, bias, y)
         return y
+    # As torch's products are faster with wide panels there: see `masked_linear.cpp.use_direct`.
     dense = None
     for panel in panel_rows(bits.shape[0], x.shape[1] * x.element_size()):
         # The first panel is the largest.
