@@ -108,9 +108,9 @@ struct MaskedBlocks {
 
 /// The masked product in bfloat16 on matrix tiles.
 struct TileArguments {
-  const void* x;         // from prepare_tile, one tile behind the other
+  const void* x;         // from prepare_tile, strip by strip the tiles behind each other
   const TileRows* tile;  // those of one mask lie together
-  std::int64_t tiles;
+  std::int64_t tiles, panel_rows;
   Matrix weight;  // [N, K], columns adjacent
   float gamma;
   const void* bias;  // [N], or null
@@ -122,7 +122,15 @@ struct TileArguments {
 /// Steps of 32 columns.
 constexpr std::int64_t tile_steps(std::int64_t columns) { return columns / 32 + (columns % 32 != 0); }
 
+/// Steps of a strip: it meets all tiles of x before the next strip.
+constexpr std::int64_t kTileStrip = 8;
+
 /// Bytes of 16 rows of x in the form of `prepare_tile`.
-constexpr std::int64_t tile_bytes(std::int64_t columns) { return 1024 * tile_steps(columns); }
+constexpr std::int64_t tile_bytes(std::int64_t columns) {
+  return 1024 * kTileStrip * ((tile_steps(columns) + kTileStrip - 1) / kTileStrip);
+}
+
+/// The sums of `rows` of the weight, 32 at a time, with 16 rows of x, in float32.
+constexpr std::int64_t tile_sums(std::int64_t rows) { return 16 * 32 * ((rows + 31) / 32); }
 
 }  // namespace persona

@@ -8,15 +8,28 @@
 namespace persona {
 namespace {
 
-/// Tiles of x that every block of the weight meets. More rows than these read the weight again (64 rows of 14336
-/// columns by halves: 36 instead of 24 ms).
-constexpr int64_t kTilesBytes = 1 << 22;
+/// Tiles of x that are multiplied in one pass over the weight: their strips stay in the second cache.
+constexpr int64_t kMostTiles = 32;
+/// The sums of a panel of the weight stay there, too.
+constexpr int64_t kSumsBytes = 1 << 19;
+/// So much of x stays there from one block of the weight to the next, and rows of the weight are read to their end.
+constexpr int64_t kShortBytes = 1 << 20;
 
 /// Whether tiles are faster than rows. A mask costs about as much on tiles as two rows of x do without them
 /// (4096 x 4096, one thread, milliseconds, rows and tiles: 4 rows of one persona 2.4 and 3.1, 8 rows 3.8 and 3.1;
 /// 16 rows of 4 personas 10 and 5.9, of 16 personas 11 and 18).
 bool worth_tiles(const std::vector<TileRows>& tiles, int64_t rows) {
   return rows >= 4 + 2 * static_cast<int64_t>(tiles.size());
+}
+
+/// Tiles in a row that share a mask, at most.
+int64_t longest_run(const TileRows* tile, int64_t tiles) {
+  int64_t longest = 0;
+  for (int64_t t = 0, begin = 0; t < tiles; ++t) {
+    if (tile[t].mask.bits != tile[begin].mask.bits) begin = t;
+    longest = std::max(longest, t + 1 - begin);
+  }
+  return longest;
 }
 
 }  // namespace
@@ -27,26 +40,33 @@ bool multiply_tiles(const Tensor& x, const Tensor& weight, const Gates& gates, c
   const std::vector<TileRows> tiles = rows_alike<TileRows>(gates.masks, x.size(0));
   if (!worth_tiles(tiles, x.size(0))) return false;
   const int64_t count = static_cast<int64_t>(tiles.size()), outputs = weight.size(0), columns = weight.size(1);
-  const int64_t bytes = tile_bytes(columns);
-  // In twos, as they are multiplied.
-  const int64_t most = std::max<int64_t>(kTilesBytes / std::max<int64_t>(bytes, 1) / 2 * 2, 2);
-  const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(columns, 1));
-  Lines<uint8_t> prepared(std::min(count, most) * bytes);
-  for (int64_t first = 0; first < count; first += most) {
-    const int64_t some = std::min(count - first, most);
-    for (int64_t t = 0; t < some; ++t)
-      kernels().prepare_tile(tiles[static_cast<size_t>(first + t)], matrix_of(x), prepared.get() + t * bytes);
+  const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(columns, 1)), bytes = tile_bytes(columns);
+  Lines<uint8_t> prepared(std::min(count, kMostTiles) * bytes);
+  for (int64_t first = 0; first < count; first += kMostTiles) {
+    const int64_t some = std::min(count - first, kMostTiles), strip = 1024 * kTileStrip;
+    parallel_parts(some, parts_of(some, kLeastWeights / std::max<int64_t>(bytes, 1)),
+                   [&](int64_t, int64_t begin, int64_t end) {
+                     for (int64_t t = begin; t < end; ++t)
+                       kernels().prepare_tile(tiles[static_cast<size_t>(first + t)], matrix_of(x),
+                                              prepared.get() + t * strip, some * strip);
+                   });
+    const int64_t alike = longest_run(tiles.data() + first, some);
+    const int64_t blocks = alike * bytes <= kShortBytes ? 1 : kSumsBytes / (4 * alike * tile_sums(1));
+    const int64_t panel_rows = 32 * std::max<int64_t>(blocks, 1);
     const TileArguments arguments{prepared.get(),
                                   tiles.data() + first,
                                   some,
+                                  panel_rows,
                                   matrix_of(weight),
                                   gates.gamma,
                                   bias.has_value() ? bias->const_data_ptr() : nullptr,
                                   bias.has_value() ? bias->stride(0) : 0,
                                   y.mutable_data_ptr(),
                                   outputs};
-    parallel_parts(outputs, parts,
-                   [&](int64_t, int64_t begin, int64_t end) { kernels().masked_tiles(arguments, begin, end); });
+    parallel_parts(outputs, parts, [&](int64_t, int64_t begin, int64_t end) {
+      Lines<float> sums(alike * tile_sums(std::min(panel_rows, end - begin)));
+      kernels().masked_tiles(arguments, begin, end, sums.get());
+    });
   }
   return true;
 }

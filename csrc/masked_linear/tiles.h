@@ -1,8 +1,10 @@
-// The masked product of a few dozen rows of x in bfloat16 on AMX tiles.
+// The masked product of rows that share masks in bfloat16 on AMX tiles.
 //
 // The weight is the left factor, y^T = (W * G) x^T: its rows lie in memory as a tile wants them, so that gating is all
-// that happens to them, and x, which is small, takes the order of the right factor. A few steps of 32 rows of the
-// weight are gated at a time, into a buffer in the first cache, while the tiles multiply those of before.
+// that happens to them, and x, which is small, takes the order of the right factor. A strip of columns of 32 rows of
+// the weight is gated into the first cache and meets all rows of x that have the mask; while the tiles multiply the
+// last of these, the next strip is gated, step by step, over what they have read. If the rows of x fill more than two
+// tiles, the sums of a panel of the weight wait in the second cache for its next strip.
 #pragma once
 
 #include <immintrin.h>
@@ -14,10 +16,9 @@ namespace persona {
 namespace {
 
 constexpr std::int64_t kTile = 16;       // rows of a tile, of the weight or (as columns) of x
-constexpr std::int64_t kTileStep = 32;   // columns of the weight in a tile
+constexpr std::int64_t kTileStep = 32;   // columns of the weight in a tile, kTileStrip of these in a strip
 constexpr std::int64_t kTileBlock = 32;  // rows of the weight in a block
 constexpr std::int64_t kTileBytes = 64 * kTile;
-constexpr std::int64_t kTileSteps = 4;  // that are gated together
 
 /// What `_tile_loadconfig` reads.
 struct alignas(64) TileConfig {
@@ -49,27 +50,29 @@ class Tiles {
   TileConfig before_;
 };
 
-/// One tile of x for each step: pair i of columns of all 16 rows side by side, zeros for absent rows and columns.
-inline void prepare_tile(const TileRows& rows, const Matrix& x, void* out) {
-  std::uint32_t* target = static_cast<std::uint32_t*>(out);
+/// One tile of x for each step: pair i of columns of all 16 rows side by side, zeros for absent rows and columns. A
+/// strip of it lies `apart` bytes behind the one before.
+inline void prepare_tile(const TileRows& rows, const Matrix& x, void* out, std::int64_t apart) {
   const std::uint16_t* data = static_cast<const std::uint16_t*>(x.data);
   const std::int64_t across = x.stride[1];
-  for (std::int64_t k = 0; k < x.columns; k += 2)
-    for (std::int64_t m = 0; m < kTile; ++m, ++target) {
-      *target = 0;
-      if (m >= rows.count) continue;
-      const std::uint16_t* first = data + rows.row[m] * x.stride[0] + k * across;
-      *target = *first | (k + 1 < x.columns ? std::uint32_t{first[across]} << 16 : 0);
-    }
-  const std::int64_t pairs = (x.columns + 1) / 2, padded = tile_steps(x.columns) * kTile;
-  std::memset(target, 0, static_cast<std::size_t>((padded - pairs) * kTile) * sizeof *target);
+  for (std::int64_t s = 0; s < tile_steps(x.columns); ++s) {
+    std::uint32_t* target = reinterpret_cast<std::uint32_t*>(static_cast<std::uint8_t*>(out) + s / kTileStrip * apart +
+                                                             s % kTileStrip * kTileBytes);
+    for (std::int64_t k = s * kTileStep; k < (s + 1) * kTileStep; k += 2)
+      for (std::int64_t m = 0; m < kTile; ++m, ++target) {
+        *target = 0;
+        if (m >= rows.count || k >= x.columns) continue;
+        const std::uint16_t* first = data + rows.row[m] * x.stride[0] + k * across;
+        *target = *first | (k + 1 < x.columns ? std::uint32_t{first[across]} << 16 : 0);
+      }
+  }
 }
 
-/// 32 gated weights; those past the last of `width` columns are zeros.
+/// `width` gated weights, at most 32, and zeros behind them.
 template <bool soft>
 PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bits, std::int64_t width, float gamma) {
   std::uint32_t kept = 0, inside = 0xffffffffu;
-  if (width >= kTileStep) {
+  if (width == kTileStep) {
     std::memcpy(&kept, bits, sizeof kept);
   } else {
     inside >>= kTileStep - width;
@@ -78,40 +81,49 @@ PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bi
   }
   if constexpr (!soft) return _mm512_maskz_loadu_epi16(kept, weight);
   const __m512i w = _mm512_maskz_loadu_epi16(inside, weight);
-  const __m512i removed = Product<Avx512Bf16, bf16>::scale(w, gamma);
-  return _mm512_mask_mov_epi16(removed, kept, w);
+  return _mm512_mask_mov_epi16(Product<Avx512Bf16, bf16>::scale(w, gamma), kept, w);
 }
 
-/// Gated weights of `count` rows from row n on as the tiles of the steps `first` to `last`, two a step; zeros for
-/// absent rows.
+/// What is gated at a time: `count` rows of the weight from row n on, `steps` from step `first` on, for tiles `tile` to
+/// `tiles` of x, which share a mask.
+struct TilePlace {
+  std::int64_t n, count, first, steps, tile, tiles;
+};
+
+/// The compiler does not know what a tile reads.
+PERSONA_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
+
+/// Step s of a place, two tiles of the weight; zeros for absent rows.
 template <bool soft>
-PERSONA_INLINE void gate_steps(const TileArguments& a, const MaskRows& mask, std::int64_t n, std::int64_t count,
-                               std::int64_t first, std::int64_t last, std::uint8_t* out) {
-  const std::int64_t stride = a.weight.stride[0], left = a.weight.columns - first * kTileStep;
-  const std::uint16_t* weight = static_cast<const std::uint16_t*>(a.weight.data) + n * stride + first * kTileStep;
-  const std::uint8_t* bits = mask.bits + n * mask.stride + first * kTileStep / 8;
-  if (count == kTileBlock && left >= kTileSteps * kTileStep)
+PERSONA_INLINE void gate_step(const TileArguments& a, const TilePlace& p, std::int64_t s, std::uint8_t* strip) {
+  const MaskRows& mask = a.tile[p.tile].mask;
+  const std::int64_t k = (p.first + s) * kTileStep, width = a.weight.columns - k, stride = a.weight.stride[0];
+  const auto* weight = static_cast<const std::uint16_t*>(a.weight.data) + p.n * stride + k;
+  const std::uint8_t* bits = mask.bits + p.n * mask.stride + k / 8;
+  std::uint8_t* out = strip + 2 * kTileBytes * s;
+  if (p.count == kTileBlock && width >= kTileStep) {
     for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
-      for (int s = 0; s < kTileSteps; ++s)
-        _mm512_store_si512(out + 2 * kTileBytes * s,
-                           gated<soft>(weight + s * kTileStep, bits + s * kTileStep / 8, kTileStep, a.gamma));
-  else
+      _mm512_store_si512(out, gated<soft>(weight, bits, kTileStep, a.gamma));
+  } else {
+    const std::int64_t inside = width < kTileStep ? width : kTileStep;
     for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
-      for (std::int64_t s = 0; s < last - first; ++s)
-        _mm512_store_si512(
-            out + 2 * kTileBytes * s,
-            r < count ? gated<soft>(weight + s * kTileStep, bits + s * kTileStep / 8, left - s * kTileStep, a.gamma)
-                      : _mm512_setzero_si512());
+      _mm512_store_si512(out, r < p.count ? gated<soft>(weight, bits, inside, a.gamma) : _mm512_setzero_si512());
+  }
 }
 
-/// Asks for the bits of 32 rows that are needed next, one behind the other in `stride` bytes: a line holds those of 16
-/// steps, in each of which some rows have their turn. The processor foresees the weight by itself.
-PERSONA_INLINE void fetch_bits_of(const std::uint8_t* bits, std::int64_t stride, std::int64_t first,
-                                  std::int64_t last) {
-  constexpr std::int64_t kSteps = 64 * 8 / kTileStep, kRows = kTileBlock / kSteps;
-  for (std::int64_t s = first; s < last; ++s)
-    for (std::int64_t r = s % kSteps * kRows; r < (s % kSteps + 1) * kRows; ++r)
-      _mm_prefetch(bits + r * stride + s / kSteps * 64, _MM_HINT_T1);
+/// Asks for rows `first` to `last` of a place that is needed soon, unless the mask before has just read them.
+PERSONA_INLINE void fetch_weight(const TileArguments& a, const TilePlace& p, std::int64_t first, std::int64_t last) {
+  if (p.tile > 0) return;
+  const std::int64_t stride = a.weight.stride[0];
+  const std::uint16_t* weight = static_cast<const std::uint16_t*>(a.weight.data) + p.n * stride + p.first * kTileStep;
+  for (std::int64_t r = first; r < last && r < p.count; ++r)
+    for (std::int64_t s = 0; s < p.steps; ++s) _mm_prefetch(weight + r * stride + s * kTileStep, _MM_HINT_T1);
+}
+
+PERSONA_INLINE void fetch_bits_of(const TileArguments& a, const TilePlace& p) {
+  const MaskRows& mask = a.tile[p.tile].mask;
+  const std::uint8_t* bits = mask.bits + p.n * mask.stride + p.first * kTileStep / 8;
+  for (std::int64_t r = 0; r < p.count; ++r) _mm_prefetch(bits + r * mask.stride, _MM_HINT_T1);
 }
 
 /// Sums `[16 of the weight, 16 of x]` as rows of y.
@@ -135,80 +147,130 @@ PERSONA_INLINE __m512 bias_of(const TileArguments& a, std::int64_t n, std::int64
   return _mm512_load_ps(bias);
 }
 
-/// The products of a block of the weight, gated for them, with one or two tiles of x. `next`: the bits that are needed
-/// after these, or null.
-template <int X, bool soft>
-void multiply_block(const TileArguments& a, std::int64_t tile, std::int64_t n, std::int64_t count,
-                    const std::uint8_t* next, std::int64_t next_stride) {
-  const std::int64_t steps = tile_steps(a.weight.columns);
-  const std::uint8_t* x = static_cast<const std::uint8_t*>(a.x) + tile * steps * kTileBytes;
-  const MaskRows& mask = a.tile[tile].mask;
-  alignas(64) std::uint8_t block[2][2 * kTileSteps * kTileBytes];
-  const auto end = [&](std::int64_t first) { return first + kTileSteps < steps ? first + kTileSteps : steps; };
-  _tile_zero(0);
-  _tile_zero(1);
-  if (X == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  gate_steps<soft>(a, mask, n, count, 0, end(0), block[0]);
-  for (std::int64_t first = 0, turn = 0; first < steps; first = end(first), turn = 1 - turn) {
-    const std::int64_t last = end(first);
-    // The next steps while the tiles multiply these.
-    if (last < steps) gate_steps<soft>(a, mask, n, count, last, end(last), block[1 - turn]);
-    if (next != nullptr) fetch_bits_of(next, next_stride, first, last);
-    const std::uint8_t* weight = block[turn];
-    for (std::int64_t s = first; s < last; ++s, weight += 2 * kTileBytes, x += kTileBytes) {
-      _tile_loadd(4, weight, 64);
-      _tile_loadd(5, weight + kTileBytes, 64);
-      _tile_loadd(6, x, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-      if (X == 2) {
-        _tile_loadd(7, x + steps * kTileBytes, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+/// Adds the products of the gated strip with one or two tiles of x, `x_apart` bytes from one to the other, and calls
+/// `after(s)` when step s of the strip has been read. `sum`: two tiles for each of x, to begin with, and to end with,
+/// unless they are null.
+template <int X, class F>
+PERSONA_INLINE void multiply_strip(const std::uint8_t* weight, const std::uint8_t* x, std::int64_t x_apart,
+                                   std::int64_t steps, const float* before, float* behind, const F& after) {
+  constexpr std::int64_t kSums = kTile * kTile;
+  if (before != nullptr) {
+    _tile_loadd(0, before, 64);
+    _tile_loadd(1, before + kSums, 64);
+    if (X == 2) {
+      _tile_loadd(2, before + 2 * kSums, 64);
+      _tile_loadd(3, before + 3 * kSums, 64);
     }
   }
-  alignas(64) float sum[4][kTile * kTile];
-  _tile_stored(0, sum[0], 64);
-  _tile_stored(1, sum[1], 64);
-  if (X == 2) {
-    _tile_stored(2, sum[2], 64);
-    _tile_stored(3, sum[3], 64);
+  for (std::int64_t s = 0; s < steps; ++s, weight += 2 * kTileBytes, x += kTileBytes) {
+    _tile_loadd(4, weight, 64);
+    _tile_loadd(5, weight + kTileBytes, 64);
+    _tile_loadd(6, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if (X == 2) {
+      _tile_loadd(7, x + x_apart, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    settle();
+    after(s);
   }
-  for (std::int64_t half = 0; half < 2 && half * kTile < count; ++half) {
-    const std::int64_t first = n + half * kTile, left = count - half * kTile, width = left < kTile ? left : kTile;
-    const __m512 bias = bias_of(a, first, width);
-    for (int i = 0; i < X; ++i) write_tile(a, a.tile[tile + i], first, width, sum[2 * i + half], bias);
+  if (behind != nullptr) {
+    _tile_stored(0, behind, 64);
+    _tile_stored(1, behind + kSums, 64);
+    if (X == 2) {
+      _tile_stored(2, behind + 2 * kSums, 64);
+      _tile_stored(3, behind + 3 * kSums, 64);
+    }
+  }
+}
+
+/// The places of rows `first` to `last` of the weight: panel by panel, mask by mask, strip by strip, block by block.
+struct TilePlaces {
+  const TileArguments& a;
+  std::int64_t first, last, steps;
+
+  TilePlace at(std::int64_t n, std::int64_t s, std::int64_t tile) const {
+    std::int64_t tiles = tile + 1;
+    while (tiles < a.tiles && a.tile[tiles].mask.bits == a.tile[tile].mask.bits) ++tiles;
+    const std::int64_t count = last - n, left = steps - s;
+    return {n, count < kTileBlock ? count : kTileBlock, s, left < kTileStrip ? left : kTileStrip, tile, tiles};
+  }
+
+  /// Of no rows behind the last.
+  TilePlace after(const TilePlace& p) const {
+    if (p.count == 0) return p;
+    const std::int64_t panel = p.n - (p.n - first) % a.panel_rows, below = p.n + kTileBlock;
+    const std::int64_t end = last - panel < a.panel_rows ? last : panel + a.panel_rows;
+    if (below < end) return at(below, p.first, p.tile);
+    if (p.first + kTileStrip < steps) return at(panel, p.first + kTileStrip, p.tile);
+    return p.tiles < a.tiles ? at(panel, 0, p.tiles) : at(end, 0, 0);
+  }
+};
+
+/// Complete sums of the rows of a place as rows of y.
+inline void write_sums(const TileArguments& a, const TilePlace& p, const float* sums) {
+  for (std::int64_t half = 0; half < 2 && half * kTile < p.count; ++half) {
+    const std::int64_t n = p.n + half * kTile, left = p.count - half * kTile, width = left < kTile ? left : kTile;
+    const __m512 bias = bias_of(a, n, width);
+    for (std::int64_t t = p.tile; t < p.tiles; ++t)
+      write_tile(a, a.tile[t], n, width, sums + (2 * (t - p.tile) + half) * kTile * kTile, bias);
   }
 }
 
 template <bool soft>
-void masked_tiles_of(const TileArguments& a, std::int64_t first, std::int64_t last) {
+void masked_tiles_of(const TileArguments& a, std::int64_t first, std::int64_t last, float* sums) {
   const Tiles tiles;
-  const auto pair = [&](std::int64_t t) { return t + 1 < a.tiles && a.tile[t + 1].mask.bits == a.tile[t].mask.bits; };
-  for (std::int64_t n = first; n < last; n += kTileBlock) {
-    const std::int64_t count = last - n < kTileBlock ? last - n : kTileBlock, below = n + kTileBlock;
-    const bool more = below + kTileBlock <= last;
-    for (std::int64_t t = 0; t < a.tiles;) {
-      const std::int64_t after = t + (pair(t) ? 2 : 1);
-      const bool here = after < a.tiles;
-      const MaskRows& mask = a.tile[here ? after : 0].mask;
-      // Of whole blocks alone: what lies behind a mask must not even be asked for.
-      const std::uint8_t* next = nullptr;
-      if (here ? count == kTileBlock : more) next = mask.bits + (here ? n : below) * mask.stride;
-      pair(t) ? multiply_block<2, soft>(a, t, n, count, next, mask.stride)
-              : multiply_block<1, soft>(a, t, n, count, next, mask.stride);
-      t = after;
+  constexpr std::int64_t kSums = 2 * kTile * kTile, kStripBytes = kTileStrip * kTileBytes;
+  alignas(64) std::uint8_t strip[2 * kStripBytes];
+  const TilePlaces places{a, first, last, tile_steps(a.weight.columns)};
+  TilePlace here = places.at(first, 0, 0), next = places.after(here);
+  for (std::int64_t s = 0; here.count > 0 && s < here.steps; ++s) gate_step<soft>(a, here, s, strip);
+  for (; here.count > 0; here = next, next = places.after(here)) {
+    const TilePlace later = places.after(next);
+    const std::int64_t count = here.tiles - here.tile, gated_steps = next.count > 0 ? next.steps : 0;
+    // The sums of one or two tiles stay where they are from strip to strip.
+    const bool stays = count <= 2 && a.panel_rows == kTileBlock;
+    const bool begins = here.first == 0, ends = here.first + here.steps == places.steps;
+    const auto* x = static_cast<const std::uint8_t*>(a.x) + here.first / kTileStrip * a.tiles * kStripBytes;
+    float* place_sums = sums + (here.n - first) % a.panel_rows / kTileBlock * kSums * count;
+    if (begins && stays) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else if (begins) {
+      std::memset(place_sums, 0, static_cast<std::size_t>(kSums * count) * sizeof *sums);
     }
+    const auto nothing = [](std::int64_t) {};
+    const auto gate = [&](std::int64_t s) {
+      if (s < gated_steps) gate_step<soft>(a, next, s, strip);
+    };
+    // A line holds the bits of two strips.
+    if (later.first / kTileStrip % 2 == 0) fetch_bits_of(a, later);
+    for (std::int64_t t = 0; t < count; t += 2) {
+      const std::uint8_t* tile = x + (here.tile + t) * kStripBytes;
+      float* sum = place_sums + kSums * t;
+      const float* before = stays ? nullptr : sum;
+      float* behind = stays && !ends ? nullptr : sum;
+      fetch_weight(a, later, kTileBlock * t / count, kTileBlock * (t + 2) / count);
+      settle();
+      if (t + 2 < count)
+        multiply_strip<2>(strip, tile, kStripBytes, here.steps, before, behind, nothing);
+      else if (t + 2 == count)
+        multiply_strip<2>(strip, tile, kStripBytes, here.steps, before, behind, gate);
+      else
+        multiply_strip<1>(strip, tile, kStripBytes, here.steps, before, behind, gate);
+    }
+    for (std::int64_t s = here.steps; s < gated_steps; ++s) gate(s);
+    if (ends) write_sums(a, here, place_sums);
   }
 }
 
-/// Rows `first` to `last` of the weight, columns `first` to `last` of y.
-inline void masked_tiles(const TileArguments& a, std::int64_t first, std::int64_t last) {
-  a.gamma == 0 ? masked_tiles_of<false>(a, first, last) : masked_tiles_of<true>(a, first, last);
+/// Rows `first` to `last` of the weight, columns `first` to `last` of y. `sums`: room for `tile_sums`.
+inline void masked_tiles(const TileArguments& a, std::int64_t first, std::int64_t last, float* sums) {
+  a.gamma == 0 ? masked_tiles_of<false>(a, first, last, sums) : masked_tiles_of<true>(a, first, last, sums);
 }
 
 }  // namespace

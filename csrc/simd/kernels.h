@@ -31,8 +31,8 @@ struct Kernels {
   void (*sparse_blocks)(const SparseBlocks&, std::int64_t, std::int64_t, float*);
   void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
   // Null where there are no matrix tiles.
-  void (*prepare_tile)(const TileRows&, const Matrix&, void*);
-  void (*masked_tiles)(const TileArguments&, std::int64_t, std::int64_t);
+  void (*prepare_tile)(const TileRows&, const Matrix&, void*, std::int64_t);
+  void (*masked_tiles)(const TileArguments&, std::int64_t, std::int64_t, float*);
 };
 
 /// The next table with the kernels that have matrix tiles; null where the compiler's target has no such instructions.

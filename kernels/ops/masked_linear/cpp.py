@@ -16,11 +16,7 @@ FEW_ROWS = 24
 """No instruction set has faster panels for these rows of one persona."""
 MOST_ROWS_FLOAT32 = {"portable": 24, "avx2": 48}
 MOST_ROWS = 192
-MOST_ROWS_TILED = 128
-"""Rows of a persona that the native product takes: of float32 on these instruction sets and on others, and of bfloat16
-on matrix tiles."""
-TILED = "amx_bf16"
-"""The instruction set that has matrix tiles, for bfloat16."""
+"""Rows of a persona that the native product takes: of float32 on these instruction sets, and on others."""
 
 
 def masked_linear_cpp(
@@ -49,8 +45,8 @@ def use_direct(x: Tensor, persona: Tensor) -> bool:
 
     Milliseconds for 4096 x 4096 and one persona, one thread, direct / by panels. float32 with AVX-512: 64 rows 22 / 29,
     128 rows 39 / 42, 256 rows 73 / 70, 1024 rows 261 / 227; with AVX2 (same machine, torch held to AVX2, too): 32 rows
-    22 / 24, 64 rows 35 / 34. bfloat16 without tiles: 64 rows 20 / 30, 256 rows 70 / 93; with AVX2 34 / 126, 112 / 452
-    in float16: torch has no fast products of them there.
+    22 / 24, 64 rows 35 / 34. bfloat16 on tiles 4.5 / 8.7, 256 rows 11 / 14, 1024 rows 33 / 34, without tiles 64 rows
+    20 / 30, 256 rows 70 / 93; with AVX2 34 / 126 and 116 / 463, as for float16: torch has no fast products of them there.
     """
     rows = x.shape[0]
     if rows <= FEW_ROWS:
@@ -61,10 +57,7 @@ def use_direct(x: Tensor, persona: Tensor) -> bool:
 
 def most_rows(dtype: torch.dtype) -> float:
     """Of one persona that the native product takes with the instruction set in use."""
-    instruction_set = native.instruction_set()
-    if dtype == torch.float32:
-        return MOST_ROWS_FLOAT32.get(instruction_set, MOST_ROWS)
-    return MOST_ROWS_TILED if dtype == torch.bfloat16 and instruction_set == TILED else math.inf
+    return MOST_ROWS_FLOAT32.get(native.instruction_set(), MOST_ROWS) if dtype == torch.float32 else math.inf
 
 
 def by_panels(x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, gamma: float, bias: Tensor | None) -> Tensor:
