@@ -92,8 +92,8 @@ struct BlockArguments {
   const float* x;         // from prepare_block, one block behind the other
   const RowBlock* block;  // those of one mask lie together
   std::int64_t blocks, columns;
-  Element element;
   std::int64_t panel_rows;
+  Element element;
   const void* bias;  // [N], or null
   std::int64_t bias_stride;
   void* y;  // [M, N]
@@ -106,17 +106,22 @@ struct MaskedBlocks {
   float gamma;
 };
 
-/// The masked product in bfloat16 on matrix tiles.
+/// The product in bfloat16 on matrix tiles, whatever strips of the weight are made from.
 struct TileArguments {
   const void* x;         // from prepare_tile, strip by strip the tiles behind each other
   const TileRows* tile;  // those of one mask lie together
-  std::int64_t tiles, panel_rows;
-  Matrix weight;  // [N, K], columns adjacent
-  float gamma;
+  std::int64_t tiles, columns;
+  std::int64_t panel_rows;
   const void* bias;  // [N], or null
   std::int64_t bias_stride;
   void* y;  // [M, N]
   std::int64_t y_stride;
+};
+
+struct MaskedTiles {
+  TileArguments product;
+  Matrix weight;  // [N, K], columns adjacent
+  float gamma;
 };
 
 /// Steps of 32 columns.

@@ -1,4 +1,4 @@
-// The masked product of a few dozen rows in bfloat16 on matrix tiles, where the processor has them.
+// The products in bfloat16 on matrix tiles, where the processor has them.
 #include <algorithm>
 #include <vector>
 
@@ -34,12 +34,9 @@ int64_t longest_run(const TileRows* tile, int64_t tiles) {
 
 }  // namespace
 
-bool multiply_tiles(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
-                    Tensor& y) {
-  if (kernels().masked_tiles == nullptr || x.scalar_type() != ScalarType::BFloat16) return false;
-  const std::vector<TileRows> tiles = rows_alike<TileRows>(gates.masks, x.size(0));
-  if (!worth_tiles(tiles, x.size(0))) return false;
-  const int64_t count = static_cast<int64_t>(tiles.size()), outputs = weight.size(0), columns = weight.size(1);
+void multiply_by_tiles(const Tensor& x, const std::vector<TileRows>& tiles, const std::optional<Tensor>& bias,
+                       Tensor& y, const std::function<void(const TileArguments&, int64_t, int64_t, float*)>& multiply) {
+  const int64_t count = static_cast<int64_t>(tiles.size()), outputs = y.size(1), columns = x.size(1);
   const int64_t parts = parts_of(outputs, kLeastWeights / std::max<int64_t>(columns, 1)), bytes = tile_bytes(columns);
   Lines<uint8_t> prepared(std::min(count, kMostTiles) * bytes);
   for (int64_t first = 0; first < count; first += kMostTiles) {
@@ -56,18 +53,27 @@ bool multiply_tiles(const Tensor& x, const Tensor& weight, const Gates& gates, c
     const TileArguments arguments{prepared.get(),
                                   tiles.data() + first,
                                   some,
+                                  columns,
                                   panel_rows,
-                                  matrix_of(weight),
-                                  gates.gamma,
                                   bias.has_value() ? bias->const_data_ptr() : nullptr,
                                   bias.has_value() ? bias->stride(0) : 0,
                                   y.mutable_data_ptr(),
                                   outputs};
     parallel_parts(outputs, parts, [&](int64_t, int64_t begin, int64_t end) {
       Lines<float> sums(alike * tile_sums(std::min(panel_rows, end - begin)));
-      kernels().masked_tiles(arguments, begin, end, sums.get());
+      multiply(arguments, begin, end, sums.get());
     });
   }
+}
+
+bool multiply_tiles(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
+                    Tensor& y) {
+  if (kernels().masked_tiles == nullptr || x.scalar_type() != ScalarType::BFloat16) return false;
+  const std::vector<TileRows> tiles = rows_alike<TileRows>(gates.masks, x.size(0));
+  if (!worth_tiles(tiles, x.size(0))) return false;
+  multiply_by_tiles(x, tiles, bias, y, [&](const TileArguments& a, int64_t first, int64_t last, float* sums) {
+    kernels().masked_tiles({a, matrix_of(weight), gates.gamma}, first, last, sums);
+  });
   return true;
 }
 

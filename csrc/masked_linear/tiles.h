@@ -1,10 +1,10 @@
-// The masked product of rows that share masks in bfloat16 on AMX tiles.
+// The product of rows of x that share masks with gated or compressed weights in bfloat16 on AMX tiles.
 //
-// The weight is the left factor, y^T = (W * G) x^T: its rows lie in memory as a tile wants them, so that gating is all
-// that happens to them, and x, which is small, takes the order of the right factor. A strip of columns of 32 rows of
-// the weight is gated into the first cache and meets all rows of x that have the mask; while the tiles multiply the
-// last of these, the next strip is gated, step by step, over what they have read. If the rows of x fill more than two
-// tiles, the sums of a panel of the weight wait in the second cache for its next strip.
+// The weight is the left factor, y^T = W x^T: its rows lie in memory as a tile wants them, and x, which is small, takes
+// the order of the right factor. A strip of columns of 32 rows of the weight is written to the first cache and meets
+// all rows of x that have the mask; while the tiles multiply the last of these, the next strip is written, step by
+// step, over what they have read. If the rows of x fill more than two tiles, the sums of a panel of the weight wait in
+// the second cache for its next strip.
 #pragma once
 
 #include <immintrin.h>
@@ -68,63 +68,14 @@ inline void prepare_tile(const TileRows& rows, const Matrix& x, void* out, std::
   }
 }
 
-/// `width` gated weights, at most 32, and zeros behind them.
-template <bool soft>
-PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bits, std::int64_t width, float gamma) {
-  std::uint32_t kept = 0, inside = 0xffffffffu;
-  if (width == kTileStep) {
-    std::memcpy(&kept, bits, sizeof kept);
-  } else {
-    inside >>= kTileStep - width;
-    std::memcpy(&kept, bits, static_cast<std::size_t>((width + 7) / 8));
-    kept &= inside;
-  }
-  if constexpr (!soft) return _mm512_maskz_loadu_epi16(kept, weight);
-  const __m512i w = _mm512_maskz_loadu_epi16(inside, weight);
-  return _mm512_mask_mov_epi16(Product<Avx512Bf16, bf16>::scale(w, gamma), kept, w);
-}
-
-/// What is gated at a time: `count` rows of the weight from row n on, `steps` from step `first` on, for tiles `tile` to
-/// `tiles` of x, which share a mask.
+/// What is written at a time: `count` rows of the weight from row n on, `steps` from step `first` on, for tiles `tile`
+/// to `tiles` of x, which share a mask.
 struct TilePlace {
   std::int64_t n, count, first, steps, tile, tiles;
 };
 
 /// The compiler does not know what a tile reads.
 PERSONA_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
-
-/// Step s of a place, two tiles of the weight; zeros for absent rows.
-template <bool soft>
-PERSONA_INLINE void gate_step(const TileArguments& a, const TilePlace& p, std::int64_t s, std::uint8_t* strip) {
-  const MaskRows& mask = a.tile[p.tile].mask;
-  const std::int64_t k = (p.first + s) * kTileStep, width = a.weight.columns - k, stride = a.weight.stride[0];
-  const auto* weight = static_cast<const std::uint16_t*>(a.weight.data) + p.n * stride + k;
-  const std::uint8_t* bits = mask.bits + p.n * mask.stride + k / 8;
-  std::uint8_t* out = strip + 2 * kTileBytes * s;
-  if (p.count == kTileBlock && width >= kTileStep) {
-    for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
-      _mm512_store_si512(out, gated<soft>(weight, bits, kTileStep, a.gamma));
-  } else {
-    const std::int64_t inside = width < kTileStep ? width : kTileStep;
-    for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
-      _mm512_store_si512(out, r < p.count ? gated<soft>(weight, bits, inside, a.gamma) : _mm512_setzero_si512());
-  }
-}
-
-/// Asks for rows `first` to `last` of a place that is needed soon, unless the mask before has just read them.
-PERSONA_INLINE void fetch_weight(const TileArguments& a, const TilePlace& p, std::int64_t first, std::int64_t last) {
-  if (p.tile > 0) return;
-  const std::int64_t stride = a.weight.stride[0];
-  const std::uint16_t* weight = static_cast<const std::uint16_t*>(a.weight.data) + p.n * stride + p.first * kTileStep;
-  for (std::int64_t r = first; r < last && r < p.count; ++r)
-    for (std::int64_t s = 0; s < p.steps; ++s) _mm_prefetch(weight + r * stride + s * kTileStep, _MM_HINT_T1);
-}
-
-PERSONA_INLINE void fetch_bits_of(const TileArguments& a, const TilePlace& p) {
-  const MaskRows& mask = a.tile[p.tile].mask;
-  const std::uint8_t* bits = mask.bits + p.n * mask.stride + p.first * kTileStep / 8;
-  for (std::int64_t r = 0; r < p.count; ++r) _mm_prefetch(bits + r * mask.stride, _MM_HINT_T1);
-}
 
 /// Sums `[16 of the weight, 16 of x]` as rows of y.
 inline void write_tile(const TileArguments& a, const TileRows& rows, std::int64_t n, std::int64_t count,
@@ -186,7 +137,7 @@ PERSONA_INLINE void multiply_strip(const std::uint8_t* weight, const std::uint8_
   }
 }
 
-/// The places of rows `first` to `last` of the weight: panel by panel, mask by mask, strip by strip, block by block.
+/// The order of places: panel by panel, mask by mask, strip by strip, block by block.
 struct TilePlaces {
   const TileArguments& a;
   std::int64_t first, last, steps;
@@ -219,17 +170,20 @@ inline void write_sums(const TileArguments& a, const TilePlace& p, const float* 
   }
 }
 
-template <bool soft>
-void masked_tiles_of(const TileArguments& a, std::int64_t first, std::int64_t last, float* sums) {
+/// Rows `first` to `last` of the weight, columns `first` to `last` of y. `source` writes step s of a place, two tiles
+/// of the weight with zeros for absent rows and columns: `write(place, s, strip)`; and is told what comes after the
+/// next place: `fetch(place, first row, last row)` and `fetch(place)`.
+template <class Source>
+void multiply_places(const TileArguments& a, std::int64_t first, std::int64_t last, float* sums, Source& source) {
   const Tiles tiles;
   constexpr std::int64_t kSums = 2 * kTile * kTile, kStripBytes = kTileStrip * kTileBytes;
   alignas(64) std::uint8_t strip[2 * kStripBytes];
-  const TilePlaces places{a, first, last, tile_steps(a.weight.columns)};
+  const TilePlaces places{a, first, last, tile_steps(a.columns)};
   TilePlace here = places.at(first, 0, 0), next = places.after(here);
-  for (std::int64_t s = 0; here.count > 0 && s < here.steps; ++s) gate_step<soft>(a, here, s, strip);
+  for (std::int64_t s = 0; here.count > 0 && s < here.steps; ++s) source.write(here, s, strip);
   for (; here.count > 0; here = next, next = places.after(here)) {
     const TilePlace later = places.after(next);
-    const std::int64_t count = here.tiles - here.tile, gated_steps = next.count > 0 ? next.steps : 0;
+    const std::int64_t count = here.tiles - here.tile, next_steps = next.count > 0 ? next.steps : 0;
     // The sums of one or two tiles stay where they are from strip to strip.
     const bool stays = count <= 2 && a.panel_rows == kTileBlock;
     const bool begins = here.first == 0, ends = here.first + here.steps == places.steps;
@@ -244,33 +198,27 @@ void masked_tiles_of(const TileArguments& a, std::int64_t first, std::int64_t la
       std::memset(place_sums, 0, static_cast<std::size_t>(kSums * count) * sizeof *sums);
     }
     const auto nothing = [](std::int64_t) {};
-    const auto gate = [&](std::int64_t s) {
-      if (s < gated_steps) gate_step<soft>(a, next, s, strip);
+    const auto replace = [&](std::int64_t s) {
+      if (s < next_steps) source.write(next, s, strip);
     };
-    // A line holds the bits of two strips.
-    if (later.first / kTileStrip % 2 == 0) fetch_bits_of(a, later);
+    source.fetch(later);
     for (std::int64_t t = 0; t < count; t += 2) {
       const std::uint8_t* tile = x + (here.tile + t) * kStripBytes;
       float* sum = place_sums + kSums * t;
       const float* before = stays ? nullptr : sum;
       float* behind = stays && !ends ? nullptr : sum;
-      fetch_weight(a, later, kTileBlock * t / count, kTileBlock * (t + 2) / count);
+      source.fetch(later, kTileBlock * t / count, kTileBlock * (t + 2) / count);
       settle();
       if (t + 2 < count)
         multiply_strip<2>(strip, tile, kStripBytes, here.steps, before, behind, nothing);
       else if (t + 2 == count)
-        multiply_strip<2>(strip, tile, kStripBytes, here.steps, before, behind, gate);
+        multiply_strip<2>(strip, tile, kStripBytes, here.steps, before, behind, replace);
       else
-        multiply_strip<1>(strip, tile, kStripBytes, here.steps, before, behind, gate);
+        multiply_strip<1>(strip, tile, kStripBytes, here.steps, before, behind, replace);
     }
-    for (std::int64_t s = here.steps; s < gated_steps; ++s) gate(s);
+    for (std::int64_t s = here.steps; s < next_steps; ++s) replace(s);
     if (ends) write_sums(a, here, place_sums);
   }
-}
-
-/// Rows `first` to `last` of the weight, columns `first` to `last` of y. `sums`: room for `tile_sums`.
-inline void masked_tiles(const TileArguments& a, std::int64_t first, std::int64_t last, float* sums) {
-  a.gamma == 0 ? masked_tiles_of<false>(a, first, last, sums) : masked_tiles_of<true>(a, first, last, sums);
 }
 
 }  // namespace

@@ -32,7 +32,8 @@ struct Kernels {
   void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
   // Null where there are no matrix tiles.
   void (*prepare_tile)(const TileRows&, const Matrix&, void*, std::int64_t);
-  void (*masked_tiles)(const TileArguments&, std::int64_t, std::int64_t, float*);
+  void (*masked_tiles)(const MaskedTiles&, std::int64_t, std::int64_t, float*);
+  void (*sparse_tiles)(const SparseTiles&, std::int64_t, std::int64_t, float*, const std::uint16_t**);
 };
 
 /// The next table with the kernels that have matrix tiles; null where the compiler's target has no such instructions.

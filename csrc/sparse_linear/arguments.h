@@ -34,4 +34,9 @@ struct SparseBlocks {
   SparseMatrix weight;
 };
 
+struct SparseTiles {
+  TileArguments product;
+  SparseMatrix weight;
+};
+
 }  // namespace persona

@@ -5,8 +5,8 @@
 namespace persona {
 namespace {
 
-/// Every four rows of x expand the weight again; more than these do better with panels.
-constexpr int64_t kMostRowsDirect = 12;
+/// Every four rows of x expand the weight again; more than these do better with panels, and with tiles.
+constexpr int64_t kMostRowsDirect = 18, kMostRowsUntiled = 4;
 
 SparseMatrix sparse_of(const Tensor& values, const Tensor& bits, const Tensor& offsets, int64_t columns) {
   check_cpu(bits, "bits", 2);
@@ -40,6 +40,14 @@ void sparse_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& bits
   if (bias.has_value()) {
     check_cpu(*bias, "bias", 1);
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == weight.rows, "bias must be [N]");
+  }
+  if (kernels().sparse_tiles != nullptr && rows > kMostRowsUntiled && x.scalar_type() == ScalarType::BFloat16) {
+    multiply_by_tiles(x, rows_alike<TileRows>({MaskRows{nullptr, 0}}, rows), bias, y,
+                      [&](const TileArguments& a, int64_t first, int64_t last, float* sums) {
+                        std::vector<const uint16_t*> next(static_cast<size_t>(a.panel_rows));
+                        kernels().sparse_tiles({a, weight}, first, last, sums, next.data());
+                      });
+    return;
   }
   if (rows > kMostRowsDirect) {
     multiply_by_blocks(x, rows_alike<RowBlock>({MaskRows{nullptr, 0}}, rows), bias, y,

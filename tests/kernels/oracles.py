@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILED = "amx_bf16"
+"""The instruction set with matrix tiles, for bfloat16."""
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 """The backend that Triton's interpreter adds on the CPU."""
 

@@ -231,17 +231,33 @@ void check_alike(const char* name, const Kernels& k, Element element, std::int64
     expect(value_of(y, element, (rows - 1) * outputs + n) == 0, name, k.name, columns);
 }
 
+/// Tiles of x as the products want them.
+class PreparedTiles {
+ public:
+  PreparedTiles(const Kernels& k, const std::vector<TileRows>& tiles, const Matrix& x)
+      : data_(static_cast<std::size_t>(tile_bytes(x.columns)) * tiles.size() + 63) {
+    const std::int64_t strip = 1024 * kTileStrip, count = static_cast<std::int64_t>(tiles.size());
+    for (std::int64_t t = 0; t < count; ++t)
+      k.prepare_tile(tiles[static_cast<std::size_t>(t)], x, get() + t * strip, count * strip);
+  }
+  std::uint8_t* get() { return data_.data() + (64 - reinterpret_cast<std::uintptr_t>(data_.data()) % 64) % 64; }
+
+ private:
+  std::vector<std::uint8_t> data_;
+};
+
 void check_tiles(const Kernels& k, std::int64_t outputs, std::int64_t columns, float gamma) {
-  check_alike<TileRows>(
-      "masked_tiles", k, Element::bf16, outputs, columns, gamma,
-      [&](const auto& tiles, Matrix x, Matrix weight, const void* b, void* y) {
-        const std::int64_t count = static_cast<std::int64_t>(tiles.size()), size = tile_bytes(columns);
-        std::vector<std::uint8_t> prepared(static_cast<std::size_t>(count * size + 64));
-        std::uint8_t* aligned = prepared.data() + (64 - reinterpret_cast<std::uintptr_t>(prepared.data()) % 64) % 64;
-        for (std::int64_t t = 0; t < count; ++t)
-          k.prepare_tile(tiles[static_cast<std::size_t>(t)], x, aligned + t * size);
-        k.masked_tiles({aligned, tiles.data(), count, weight, gamma, b, 1, y, outputs}, 0, outputs);
-      });
+  check_alike<TileRows>("masked_tiles", k, Element::bf16, outputs, columns, gamma,
+                        [&](const auto& tiles, Matrix x, Matrix weight, const void* b, void* y) {
+                          const std::int64_t count = static_cast<std::int64_t>(tiles.size());
+                          PreparedTiles prepared(k, tiles, x);
+                          for (std::int64_t panel_rows : {32, 64}) {
+                            std::vector<float> sums(static_cast<std::size_t>(2 * tile_sums(panel_rows)));
+                            const TileArguments product{
+                                prepared.get(), tiles.data(), count, columns, panel_rows, b, 1, y, outputs};
+                            k.masked_tiles({product, weight, gamma}, 0, outputs, sums.data());
+                          }
+                        });
 }
 
 void check_blocks(const Kernels& k, Element element, std::int64_t outputs, std::int64_t columns, float gamma) {
@@ -255,7 +271,7 @@ void check_blocks(const Kernels& k, Element element, std::int64_t outputs, std::
                             k.prepare_block(blocks[static_cast<std::size_t>(t)], x, element,
                                             prepared.data() + t * size);
                           const BlockArguments product{
-                              prepared.data(), blocks.data(), count, columns, element, panel_rows, b, 1, y, outputs};
+                              prepared.data(), blocks.data(), count, columns, panel_rows, element, b, 1, y, outputs};
                           k.masked_blocks({product, weight, gamma}, 0, outputs, panel.data());
                         });
 }
@@ -334,23 +350,65 @@ void check_sparse(const Kernels& k, Element element, std::int64_t rows, std::int
   std::vector<unsigned char> dense(static_cast<std::size_t>(outputs * columns * size));
   k.prepare_rows({x.bytes.data(), rows, columns, {columns, 1}}, element, prepared.data());
   const SparseMatrix weight{values.data(), element, bits.data(), offsets.data(), outputs, columns};
-  const SparseArguments arguments{prepared.data(), rows, weight, b.bytes.data(), 1, y.data(), outputs};
-  k.sparse_linear(arguments, 0, outputs);
+  const auto parts = [&](auto part) {
+    std::vector<decltype(part)> all;
+    for (std::int64_t m = 0; m < rows; ++m) {
+      if (m % part.size == 0) all.push_back({{nullptr, 0}, {}, 0});
+      all.back().row[all.back().count++] = m;
+    }
+    return all;
+  };
+  const Matrix x_rows{x.bytes.data(), rows, columns, {columns, 1}};
+  const auto by_rows = [&] {
+    k.sparse_linear({prepared.data(), rows, weight, b.bytes.data(), 1, y.data(), outputs}, 0, outputs);
+  };
+  const auto by_blocks = [&] {
+    const std::vector<RowBlock> blocks = parts(RowBlock{});
+    const std::int64_t count = static_cast<std::int64_t>(blocks.size()), size = RowBlock::size * padded_steps(columns);
+    std::vector<float> ordered(static_cast<std::size_t>(count * size)), panel(4 * padded_steps(columns));
+    for (std::int64_t t = 0; t < count; ++t)
+      k.prepare_block(blocks[static_cast<std::size_t>(t)], x_rows, element, ordered.data() + t * size);
+    const BlockArguments product{ordered.data(), blocks.data(),  count, columns,  4,
+                                 element,        b.bytes.data(), 1,     y.data(), outputs};
+    k.sparse_blocks({product, weight}, 0, outputs, panel.data());
+  };
+  const auto by_tiles = [&] {
+    if (k.sparse_tiles == nullptr || element != Element::bf16) return;
+    const std::vector<TileRows> tiles = parts(TileRows{});
+    PreparedTiles ordered(k, tiles, x_rows);
+    std::vector<float> sums(tiles.size() * tile_sums(32));
+    std::vector<const std::uint16_t*> next(32);
+    const std::int64_t count = static_cast<std::int64_t>(tiles.size());
+    const TileArguments product{ordered.get(), tiles.data(), count, columns, 32, b.bytes.data(), 1, y.data(), outputs};
+    k.sparse_tiles({product, weight}, 0, outputs, sums.data(), next.data());
+  };
+  const auto check = [&](const char* name, const auto& multiply) {
+    multiply();
+    for (std::int64_t n = 0; n < outputs; ++n)
+      for (std::int64_t m = 0; m < rows; ++m) {
+        double expected = b.value[static_cast<std::size_t>(n)], scale = 1 + std::abs(expected);
+        for (std::int64_t c = 0; c < columns; ++c) {
+          const float w = (bits[static_cast<std::size_t>(n * bytes + c / 8)] >> (c % 8)) & 1;
+          expected += w * x.value[static_cast<std::size_t>(m * columns + c)];
+          scale += std::abs(x.value[static_cast<std::size_t>(m * columns + c)]);
+        }
+        expect(std::abs(value_of(y, element, m * outputs + n) - expected) <= scale / 128, name, k.name, columns);
+      }
+  };
+  check("sparse_linear", by_rows);
+  check("sparse_blocks", by_blocks);
+  check("sparse_tiles", by_tiles);
   k.expand_rows(weight, dense.data(), 0, outputs);
   for (std::int64_t n = 0; n < outputs; ++n)
-    for (std::int64_t m = 0; m < rows; ++m) {
-      double expected = b.value[static_cast<std::size_t>(n)], scale = 1 + std::abs(expected);
-      for (std::int64_t c = 0; c < columns; ++c) {
-        const float w = (bits[static_cast<std::size_t>(n * bytes + c / 8)] >> (c % 8)) & 1;
-        expect(value_of(dense, element, n * columns + c) == w, "expand_rows", k.name, columns);
-        expected += w * x.value[static_cast<std::size_t>(m * columns + c)];
-        scale += std::abs(x.value[static_cast<std::size_t>(m * columns + c)]);
-      }
-      expect(std::abs(value_of(y, element, m * outputs + n) - expected) <= scale / 128, "sparse_linear", k.name,
-             columns);
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const float w = (bits[static_cast<std::size_t>(n * bytes + c / 8)] >> (c % 8)) & 1;
+      expect(value_of(dense, element, n * columns + c) == w, "expand_rows", k.name, columns);
     }
+  // More bits than values.
   for (auto& byte : bits) byte = 0xff;
-  k.sparse_linear(arguments, 0, outputs);
+  by_rows();
+  by_blocks();
+  by_tiles();
   k.expand_rows(weight, dense.data(), 0, outputs);
 }
 
@@ -364,6 +422,8 @@ int main() {
       for (std::int64_t columns : {1, 7, 31, 32, 64, 127, 128, 577, 1056})
         for (std::int64_t outputs : {1, 16, 33, 64})
           for (float gamma : {0.0f, 0.25f}) check_tiles(**table, outputs, columns, gamma);
+      for (std::int64_t columns : {1, 7, 31, 32, 65, 128, 577, 1056})
+        for (std::int64_t outputs : {7, 33}) check_sparse(**table, Element::bf16, 19, outputs, columns);
       continue;
     }
     for (Element element : {Element::f32, Element::bf16, Element::f16, Element::f64})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import (
     DTYPES,
+    TILED,
     assert_as_accurate,
     masked_product_float64,
     masked_product_plain,
@@ -16,7 +17,6 @@ from oracles import (
 
 from kernels.ops.masked_linear.cpp import (
     FEW_ROWS,
-    TILED,
     by_panels,
     masked_linear_cpp,
     most_rows,
@@ -184,7 +184,7 @@ def test_unknown_persona_is_refused(rows):
 def test_choice_of_the_path(isa_of_products, dtype):
     most = most_rows(dtype)
     assert most >= FEW_ROWS
-    assert (most == math.inf) == (dtype != torch.float32 and (dtype, isa_of_products) != ON_TILES)
+    assert (most == math.inf) == (dtype != torch.float32)
     rows = 1000 if most == math.inf else most
     one, four = torch.zeros(1).int(), torch.arange(4 * rows).int() % 4
     assert use_direct(torch.empty(rows, 1, dtype=dtype), one)

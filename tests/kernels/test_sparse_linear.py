@@ -13,8 +13,18 @@ from kernels.ops.sparse_linear import PADDING
 from kernels.ops.sparse_linear.cpp import sparse_linear_cpp
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
-SHAPES = [(0, 5, 9), (1, 1, 1), (3, 6, 8), (5, 7, 15), (16, 33, 577), (2, 13, 1100), (17, 37, 65), (64, 130, 33), (27, 67, 1100)]
-SHAPES += [(3, 0, 9), (3, 5, 0)]
+SHAPES = [
+    (0, 5, 9),
+    (1, 1, 1),
+    (3, 6, 8),
+    (5, 7, 15),
+    (16, 33, 577),
+    (2, 13, 1100),
+    (17, 37, 65),
+    (64, 130, 33),
+    (27, 67, 1100),
+]
+SHAPES += [(3, 0, 9), (3, 5, 0), (50, 67, 1100)]
 
 
 def problem(MNK, dtype, density=0.5):
@@ -43,7 +53,7 @@ def test_packing_is_lossless(MNK, dtype):
 @pytest.mark.parametrize("MNK", SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_accurate_as_plain(isa, MNK, with_bias, dtype):
+def test_as_accurate_as_plain(isa_of_products, MNK, with_bias, dtype):
     x, weight, mask, bias = problem(MNK, dtype)
     bias = bias if with_bias else None
     gated = torch.where(mask, weight, 0)
@@ -54,7 +64,7 @@ def test_as_accurate_as_plain(isa, MNK, with_bias, dtype):
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 0.97, 1.0])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_densities(isa, density, rows):
+def test_densities(isa_of_products, density, rows):
     x, weight, mask, _ = problem((rows, 9, 700), torch.bfloat16, density)
     y = sparse_linear(x, SparseWeight.from_dense(weight, mask))
     gated = torch.where(mask, weight, 0)
@@ -62,7 +72,7 @@ def test_densities(isa, density, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_of_removed_weights_are_gone(isa, dtype):
+def test_values_of_removed_weights_are_gone(isa_of_products, dtype):
     x, weight, mask, bias = problem((3, 33, 75), dtype)
     spoiled = torch.where(mask, weight, math.nan)
     expected = sparse_linear(x, SparseWeight.from_dense(weight, mask), bias)
@@ -74,7 +84,7 @@ def test_values_of_removed_weights_are_gone(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_layout_and_batch_change_no_bit(isa, threads, dtype):
+def test_threads_layout_and_batch_change_no_bit(isa_of_products, threads, dtype):
     x, weight, mask, bias = problem((7, 1031, 129), dtype)
     w = SparseWeight.from_dense(weight, mask)
     expected = sparse_linear(x, w, bias)

@@ -46,7 +46,7 @@ def use_direct(x: Tensor, persona: Tensor) -> bool:
     Milliseconds for 4096 x 4096 and one persona, one thread, direct / by panels. float32 with AVX-512: 64 rows 22 / 29,
     128 rows 39 / 42, 256 rows 73 / 70, 1024 rows 261 / 227; with AVX2 (same machine, torch held to AVX2, too): 32 rows
     22 / 24, 64 rows 35 / 34. bfloat16 on tiles 4.5 / 8.7, 256 rows 11 / 14, 1024 rows 33 / 34, without tiles 64 rows
-    20 / 30, 256 rows 70 / 93; with AVX2 34 / 126 and 116 / 463, as for float16: torch has no fast products of them there.
+    20 / 30, 256 rows 70 / 93; with AVX2 34 / 126 and 116 / 463, as for float16: torch has no fast product of it there.
     """
     rows = x.shape[0]
     if rows <= FEW_ROWS:

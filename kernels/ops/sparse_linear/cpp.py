@@ -1,10 +1,11 @@
-"""The sparse product in C++ (``csrc/sparse_linear``): few rows directly, many by dense products of expanded panels."""
+"""The sparse product in C++ (``csrc/sparse_linear``), and dense products of panels where torch's are faster."""
 
 import torch
 from torch import Tensor
 
 from kernels.ops.masked_linear.cpp import FEW_ROWS, dense_product, most_rows, panel_rows
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
+
 
 def sparse_linear_cpp(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See ``kernels.ops.sparse_linear``."""
