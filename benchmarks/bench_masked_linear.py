@@ -67,7 +67,7 @@ def main(bench: Bench) -> None:
     for pool in problems(bench):
         for personas in (1, 4, 16):
             of_personas(bench, pool, personas)
-        for count in (64,) if bench.quick else (64, 256, 1024):
+        for count in (64, 256, 1024):
             prefill(bench, pool, count)
 
 

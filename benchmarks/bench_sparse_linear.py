@@ -1,5 +1,5 @@
-"""The product with a compressed weight, one row: a persona shipped alone. On a GPU also N:M masks in torch's
-semi-structured form, at prefill."""
+"""The product with a compressed weight, one row and prefill: a persona shipped alone. On a GPU also N:M masks in
+torch's semi-structured form, at prefill."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,13 @@ from benchmarks.products import OWN_DENSE, Pool, against, close, masks, persona_
 from kernels import SparseWeight, backends, mask_select_nm, masked_linear, sparse_linear, unpack_bits
 
 
-def compressed(bench: Bench, pool: Pool, sparsity: float) -> None:
-    """One row, the kept weights alone."""
+def compressed(bench: Bench, pool: Pool, sparsity: float, count: int = 1) -> None:
+    """``count`` rows, the kept weights alone."""
     weight = next(pool)
     rows, columns, dtype = *weight.shape, weight.dtype
     ours, nobody = backends.choose("sparse_linear", here()), persona_of(-1)
     bits = masks(1, rows, columns, 1 - sparsity)
-    mask, x = torch.rand(rows, columns) >= sparsity, torch.randn(1, columns).to(dtype)
+    mask, x = torch.rand(rows, columns) >= sparsity, torch.randn(count, columns).to(dtype)
     packed = SparseWeight.from_dense(weight, mask)
     right = close(sparse_linear(x, packed), F.linear(x, torch.where(mask, weight, 0)))
     sparse = rotating(
@@ -29,13 +29,13 @@ def compressed(bench: Bench, pool: Pool, sparsity: float) -> None:
         "F.linear": lambda: F.linear(x, next(pool)),
         OWN_DENSE: lambda: masked_linear(x, next(pool), bits, nobody),
     }
-    if dtype == torch.float32 and here() == "cpu":
+    if count == 1 and dtype == torch.float32 and here() == "cpu":
         once = (weight * mask).to_sparse_csr()
         csr = rotating(once.clone, 12 * once.values().numel())
         candidates["torch.sparse CSR"] = lambda: next(csr) @ x[0]
     timings = bench.compare(
         "sparse_linear",
-        f"{rows}x{columns}, {sparsity:.0%} removed",
+        f"{rows}x{columns}, {sparsity:.0%} removed" + (f", {count} rows" if count > 1 else ""),
         dtype,
         candidates,
         nbytes=packed.nbytes,
@@ -75,6 +75,7 @@ def main(bench: Bench) -> None:
     for pool in problems(bench):
         for sparsity in (0.4, 0.5, 0.6, 0.7):
             compressed(bench, pool, sparsity)
+        compressed(bench, pool, 0.5, 64)
         if here() == "cuda" and next(pool).dtype == torch.bfloat16:
             for count in (1024, 4096):
                 semi_structured(bench, pool, count)

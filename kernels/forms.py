@@ -1,12 +1,14 @@
 """Which form a masked layer's product takes."""
 
+import math
+
 import torch
 
 FORMS = ("masked", "correction")
 """``masked_linear`` on the packed masks, or ``correction_linear`` on lists of the removed weights."""
 
-LISTED_DENSITY, LISTED_DENSITY_NARROW = 0.98, 0.99
-"""Masks that keep less are never listed unless that is forced; with the instructions of ``NARROW``."""
+LISTED_DENSITY = {"cuda": 0.98, "cpu": 0.99}
+"""Masks that keep less are never listed unless that is forced."""
 NARROW = ("avx2", "portable")
 """Instruction sets that have no masks in their instructions."""
 
@@ -17,10 +19,9 @@ def worth_listing(
     """Whether ``choose_form`` can ever choose the lists, so that a layer of so many ``personas`` should make them."""
     if K > 1 << 16:
         return False
-    if device == "cuda":
-        return personas > 1 and density >= LISTED_DENSITY
-    least = LISTED_DENSITY_NARROW if instructions in NARROW else LISTED_DENSITY
-    return device == "cpu" and dtype == torch.float32 and density >= least
+    if device == "cpu" and not (dtype == torch.float32 and instructions in NARROW):
+        return False
+    return personas > 1 and density >= LISTED_DENSITY.get(device, math.inf)
 
 
 def choose_form(
@@ -31,16 +32,10 @@ def choose_form(
     ``personas`` is how many the rows may have (1: all have one), ``device`` a device type, ``instructions`` what
     ``kernels.native.instruction_set`` says. Lists need K <= 2^16.
 
-    Measured with 4096 x 4096 weights, one thread of a busy machine with AVX-512 (milliseconds, dense product of torch,
-    masked, correction):
-
-    - Few rows: both read the weight once at the memory's speed, and the masks are 1/32 of it in float32. The masked
-      kernel is never the slower one (16 rows, 2 % removed: float32 18, 21, 39; bfloat16 21, 16, 46).
-    - 33 to 64 rows of one persona: torch's product of the whole weight and then the lists beat torch's products of
-      gated panels while little is removed (float32, 64 rows: 41, 60, 48 at 2 % and 37, 57, 60 at 5 %; bfloat16 45, 57,
-      57 at 2 %).
-    - More rows: the lists cost as much per row as before, the gating of panels is spread over more rows (float32,
-      256 rows, 2 %: 102, 139, 153).
+    Measured with 4096 x 4096 weights, one thread with AVX-512 (milliseconds, dense product of torch, masked, correction
+    with 2 % removed): one row in float32 4.6, 4.8, 5.0, 16 rows of 16 personas 15.9, 13.0, 16.6, 64 rows 21.8, 22.7,
+    26.4; on tiles in bfloat16 3.2, 2.4, 2.7, 16 rows 3.7, 11.4, 13.5, 64 rows 5.1, 4.4, 10.1. Masked at any number of
+    rows.
 
     Without AVX-512 a mask takes several instructions per vector of weights and persona (AVX2, float32; masked, lists):
 
@@ -60,7 +55,5 @@ def choose_form(
     """
     if not worth_listing(K, density, personas, dtype, device, instructions):
         return "masked"
-    if device == "cuda":
-        return "correction" if 4 <= M <= 64 else "masked"
-    listed = personas >= 4 and M <= 32 if instructions in NARROW else personas == 1 and 32 < M <= 64
+    listed = 4 <= M <= 64 if device == "cuda" else personas >= 4 and M <= 32
     return "correction" if listed else "masked"

@@ -14,11 +14,8 @@ SIZES = (4096, 4096)
     [
         (1, 0.99, 1, torch.float32, "cpu", "masked"),
         (32, 0.99, 1, torch.float32, "cpu", "masked"),
-        (33, 0.99, 1, torch.float32, "cpu", "correction"),
-        (64, 0.98, 1, torch.float32, "cpu", "correction"),
-        (65, 0.99, 1, torch.float32, "cpu", "masked"),
-        (64, 0.97, 1, torch.float32, "cpu", "masked"),
-        (64, 0.99, 4, torch.float32, "cpu", "masked"),
+        (64, 0.99, 1, torch.float32, "cpu", "masked"),
+        (16, 0.99, 16, torch.float32, "cpu", "masked"),
         (64, 0.99, 1, torch.bfloat16, "cpu", "masked"),
         (64, 0.99, 1, torch.float32, "cuda", "masked"),
         (3, 0.99, 3, torch.bfloat16, "cuda", "masked"),
