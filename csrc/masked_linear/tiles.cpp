@@ -10,10 +10,10 @@ namespace {
 
 /// Tiles of x that are multiplied in one pass over the weight: their strips stay in the second cache.
 constexpr int64_t kMostTiles = 32;
-/// The sums of a panel of the weight stay there, too.
-constexpr int64_t kSumsBytes = 1 << 19;
 /// So much of x stays there from one block of the weight to the next, and rows of the weight are read to their end.
-constexpr int64_t kShortBytes = 1 << 20;
+constexpr int64_t kShortBytes = 7 << 18;
+/// Rows of a panel of the weight otherwise: the sums stay there, and the pages of the rows are at hand.
+constexpr int64_t kTilePanel = 256;
 
 /// Whether tiles are faster than rows. A mask costs about as much on tiles as two rows of x do without them
 /// (4096 x 4096, one thread, milliseconds, rows and tiles: 4 rows of one persona 2.4 and 3.1, 8 rows 3.8 and 3.1;
@@ -48,8 +48,7 @@ void multiply_by_tiles(const Tensor& x, const std::vector<TileRows>& tiles, cons
                                               prepared.get() + t * strip, some * strip);
                    });
     const int64_t alike = longest_run(tiles.data() + first, some);
-    const int64_t blocks = alike * bytes <= kShortBytes ? 1 : kSumsBytes / (4 * alike * tile_sums(1));
-    const int64_t panel_rows = 32 * std::max<int64_t>(blocks, 1);
+    const int64_t panel_rows = alike * bytes <= kShortBytes ? 32 : kTilePanel;
     const TileArguments arguments{prepared.get(),
                                   tiles.data() + first,
                                   some,
