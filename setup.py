@@ -102,7 +102,7 @@ def extension(chosen: tuple[str, ...], optional: bool):
         sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/cuda.cu"))
         defines.append(("USE_CUDA", None))
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    return kind(
+    built = kind(
         "kernels._native",
         sources,
         define_macros=defines,
@@ -111,6 +111,8 @@ def extension(chosen: tuple[str, ...], optional: bool):
         py_limited_api=True,
         optional=optional,
     )
+    built.parts = chosen
+    return built
 
 
 def command():
@@ -136,7 +138,18 @@ def command():
                 return compile_one(obj, src, ext, cc_args, list(extra_postargs) + extra, pp_opts)
 
             self.compiler._compile = with_instructions
-            super().build_extensions()
+            (ext,) = self.extensions
+            if not (ext.optional and "cuda" in ext.parts):
+                return super().build_extensions()
+            try:
+                super().build_extensions()
+            except Exception as error:  # such as nvcc of another CUDA than torch's, found before anything is compiled
+                print(f"persona: {error}", file=sys.stderr)
+            if not Path(self.get_ext_fullpath(ext.name)).exists():
+                print("persona: the CUDA part cannot be built, see above; building without it", file=sys.stderr)
+                # The same object: setuptools has added to it what a new one would lack.
+                vars(ext).update(vars(extension(("cpu",), optional=True)))
+                super().build_extensions()
 
     # torch's ninja path takes one set of flags for all files.
     return Build.with_options(use_ninja=False)

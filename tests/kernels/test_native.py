@@ -144,3 +144,39 @@ def test_package_builds_without_native_ops(choice, said):
     assert done.returncode == 0, done.stderr
     assert "persona-subnetworks" in done.stdout
     assert ("the native ops are left out" in done.stderr) == said
+
+
+@pytest.mark.parametrize("broken", ["compiler", "check"])
+def test_cpu_part_is_built_where_the_cuda_part_fails(tmp_path, broken):
+    """With two small sources in the place of csrc, one of which does not compile or is refused before that."""
+    (tmp_path / "fine.cpp").write_text('extern "C" void* PyInit_tiny() { return nullptr; }')
+    (tmp_path / "broken.cpp").write_text('#error "no such CUDA"')
+    (tmp_path / "build.py").write_text(f"""
+import importlib.util, sys
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension
+spec = importlib.util.spec_from_file_location("persona_setup", {str(ROOT / "setup.py")!r})
+persona = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(persona)
+
+def extension(parts, optional):
+    cuda = "cuda" in parts
+    built = Extension("tiny", ["fine.cpp", *["broken.cpp"] * cuda], py_limited_api=True, optional=optional)
+    built.parts = parts
+    return built
+
+def refuse(build, check=BuildExtension._check_abi):
+    if {broken == "check"} and "cuda" in build.extensions[0].parts:
+        raise RuntimeError("the detected CUDA version differs")
+    return check(build)
+
+persona.extension = extension
+BuildExtension._check_abi = refuse
+sys.argv = ["build.py", "build_ext", "--inplace"]
+setup(name="tiny", ext_modules=[extension(("cpu", "cuda"), True)], cmdclass={{"build_ext": persona.command()}})
+""")
+    done = subprocess.run([sys.executable, "build.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "no such CUDA" in done.stderr or "the detected CUDA version differs" in done.stderr
+    assert "the CUDA part cannot be built, see above; building without it" in done.stderr
+    assert list(tmp_path.glob("tiny*.so"))
