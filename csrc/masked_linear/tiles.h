@@ -98,9 +98,9 @@ PERSONA_INLINE __m512 bias_of(const TileArguments& a, std::int64_t n, std::int64
   return _mm512_load_ps(bias);
 }
 
-/// Adds the products of the gated strip with one or two tiles of x, `x_apart` bytes from one to the other, and calls
-/// `after(s)` when step s of the strip has been read. `sum`: two tiles for each of x, to begin with, and to end with,
-/// unless they are null.
+/// Adds the products of a strip with one or two tiles of x, `x_apart` bytes from one to the other, and calls `after(s)`
+/// when step s of the strip has been read. The sums, two tiles for each of x, are read from `before` and written to
+/// `behind`, unless that is null.
 template <int X, class F>
 PERSONA_INLINE void multiply_strip(const std::uint8_t* weight, const std::uint8_t* x, std::int64_t x_apart,
                                    std::int64_t steps, const float* before, float* behind, const F& after) {
