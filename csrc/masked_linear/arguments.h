@@ -112,7 +112,8 @@ struct TileArguments {
   const TileRows* tile;  // those of one mask lie together
   std::int64_t tiles, columns;
   std::int64_t panel_rows;
-  const void* bias;  // [N], or null
+  std::int64_t width;  // rows of x in a tile
+  const void* bias;    // [N], or null
   std::int64_t bias_stride;
   void* y;  // [M, N]
   std::int64_t y_stride;
@@ -127,13 +128,18 @@ struct MaskedTiles {
 /// Steps of 32 columns.
 constexpr std::int64_t tile_steps(std::int64_t columns) { return columns / 32 + (columns % 32 != 0); }
 
-/// Steps of a strip: it meets all tiles of x before the next strip.
-constexpr std::int64_t kTileStrip = 8;
+/// Steps of a strip, which meets all tiles of x before the next strip; and of one that meets many masks.
+constexpr std::int64_t kTileStrip = 8, kNarrowStrip = 4;
 
-/// Bytes of 16 rows of x in the form of `prepare_tile`.
-constexpr std::int64_t tile_bytes(std::int64_t columns) {
-  return 1024 * kTileStrip * ((tile_steps(columns) + kTileStrip - 1) / kTileStrip);
-}
+/// A tile of x in the form of `prepare_tile`.
+struct TileLayout {
+  std::int64_t strip, width;  // steps of a strip, rows of x
+
+  constexpr std::int64_t strip_bytes() const { return 64 * width * strip; }
+  constexpr std::int64_t bytes(std::int64_t columns) const {
+    return strip_bytes() * ((tile_steps(columns) + strip - 1) / strip);
+  }
+};
 
 /// The sums of `rows` of the weight, 32 at a time, with 16 rows of x, in float32.
 constexpr std::int64_t tile_sums(std::int64_t rows) { return 16 * 32 * ((rows + 31) / 32); }

@@ -109,8 +109,9 @@ void multiply_by_blocks(const Tensor& x, const std::vector<RowBlock>& blocks, co
                         const std::function<void(const BlockArguments&, int64_t, int64_t, float*)>& multiply);
 
 /// The same for tiles. `multiply(arguments, first, last, sums)`.
-void multiply_by_tiles(const Tensor& x, const std::vector<TileRows>& tiles, const std::optional<Tensor>& bias,
-                       Tensor& y, const std::function<void(const TileArguments&, int64_t, int64_t, float*)>& multiply);
+void multiply_by_tiles(const Tensor& x, const std::vector<TileRows>& tiles, const TileLayout& layout,
+                       const std::optional<Tensor>& bias, Tensor& y,
+                       const std::function<void(const TileArguments&, int64_t, int64_t, float*)>& multiply);
 
 /// The same as `multiply_rows` by gated panels, which many rows of x share, without `gates.removed`. False where too
 /// few share a mask: nothing is done.

@@ -27,15 +27,19 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {};
 };
 
-/// Whole tiles for as long as it lives; then the configuration of before, which a library may count on.
+/// Tiles for as long as it lives, 4 and 5 of the weight, 6 and 7 of `width` rows of x, the others of sums; then the
+/// configuration of before, which a library may count on.
 class Tiles {
  public:
-  Tiles() {
+  explicit Tiles(std::int64_t width) {
     _tile_storeconfig(&before_);
-    TileConfig whole;
-    whole.palette = 1;
-    for (int i = 0; i < 8; ++i) whole.row_bytes[i] = 64, whole.rows[i] = kTile;
-    _tile_loadconfig(&whole);
+    TileConfig config;
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = static_cast<std::uint16_t>(i == 4 || i == 5 ? 64 : 4 * width);
+      config.rows[i] = kTile;
+    }
+    _tile_loadconfig(&config);
   }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
@@ -50,16 +54,17 @@ class Tiles {
   TileConfig before_;
 };
 
-/// One tile of x for each step: pair i of columns of all 16 rows side by side, zeros for absent rows and columns. A
+/// One tile of x for each step: pair i of columns of all its rows side by side, zeros for absent rows and columns. A
 /// strip of it lies `apart` bytes behind the one before.
-inline void prepare_tile(const TileRows& rows, const Matrix& x, void* out, std::int64_t apart) {
+inline void prepare_tile(const TileRows& rows, const Matrix& x, const TileLayout& layout, void* out,
+                         std::int64_t apart) {
   const std::uint16_t* data = static_cast<const std::uint16_t*>(x.data);
   const std::int64_t across = x.stride[1];
   for (std::int64_t s = 0; s < tile_steps(x.columns); ++s) {
-    std::uint32_t* target = reinterpret_cast<std::uint32_t*>(static_cast<std::uint8_t*>(out) + s / kTileStrip * apart +
-                                                             s % kTileStrip * kTileBytes);
+    auto* target = reinterpret_cast<std::uint32_t*>(static_cast<std::uint8_t*>(out) + s / layout.strip * apart +
+                                                    s % layout.strip * 64 * layout.width);
     for (std::int64_t k = s * kTileStep; k < (s + 1) * kTileStep; k += 2)
-      for (std::int64_t m = 0; m < kTile; ++m, ++target) {
+      for (std::int64_t m = 0; m < layout.width; ++m, ++target) {
         *target = 0;
         if (m >= rows.count || k >= x.columns) continue;
         const std::uint16_t* first = data + rows.row[m] * x.stride[0] + k * across;
@@ -77,11 +82,11 @@ struct TilePlace {
 /// The compiler does not know what a tile reads.
 PERSONA_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
 
-/// Sums `[16 of the weight, 16 of x]` as rows of y.
+/// Sums `[16 of the weight, width of x]` as rows of y.
 inline void write_tile(const TileArguments& a, const TileRows& rows, std::int64_t n, std::int64_t count,
                        const float* sum, __m512 bias) {
   const __m512i lane = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set1_epi32(static_cast<int>(kTile)));
+                                          _mm512_set1_epi32(static_cast<int>(a.width)));
   const __mmask16 inside = static_cast<__mmask16>(0xffffu >> (kTile - count));
   for (std::int64_t m = 0; m < rows.count; ++m) {
     const __m512 y = _mm512_add_ps(_mm512_i32gather_ps(lane, sum + m, 4), bias);
@@ -160,13 +165,11 @@ struct TilePlaces {
   }
 };
 
-/// Complete sums of the rows of a place as rows of y.
-inline void write_sums(const TileArguments& a, const TilePlace& p, const float* sums) {
+/// Complete sums of the rows of a place with tile t of x as rows of y. `sums`: of the upper 16 and of the lower 16.
+inline void write_sums(const TileArguments& a, const TilePlace& p, std::int64_t t, const float* sums) {
   for (std::int64_t half = 0; half < 2 && half * kTile < p.count; ++half) {
-    const std::int64_t n = p.n + half * kTile, left = p.count - half * kTile, width = left < kTile ? left : kTile;
-    const __m512 bias = bias_of(a, n, width);
-    for (std::int64_t t = p.tile; t < p.tiles; ++t)
-      write_tile(a, a.tile[t], n, width, sums + (2 * (t - p.tile) + half) * kTile * kTile, bias);
+    const std::int64_t n = p.n + half * kTile, left = p.count - half * kTile, count = left < kTile ? left : kTile;
+    write_tile(a, a.tile[t], n, count, sums + half * kTile * a.width, bias_of(a, n, count));
   }
 }
 
@@ -175,7 +178,7 @@ inline void write_sums(const TileArguments& a, const TilePlace& p, const float* 
 /// next place: `fetch(place, first row, last row)` and `fetch(place)`.
 template <class Source>
 void multiply_places(const TileArguments& a, std::int64_t first, std::int64_t last, float* sums, Source& source) {
-  const Tiles tiles;
+  const Tiles tiles(kTile);
   constexpr std::int64_t kSums = 2 * kTile * kTile, kStripBytes = kTileStrip * kTileBytes;
   alignas(64) std::uint8_t strip[2 * kStripBytes];
   const TilePlaces places{a, first, last, tile_steps(a.columns)};
@@ -217,7 +220,7 @@ void multiply_places(const TileArguments& a, std::int64_t first, std::int64_t la
         multiply_strip<1>(strip, tile, kStripBytes, here.steps, before, behind, replace);
     }
     for (std::int64_t s = here.steps; s < next_steps; ++s) replace(s);
-    if (ends) write_sums(a, here, place_sums);
+    for (std::int64_t t = 0; ends && t < count; ++t) write_sums(a, here, here.tile + t, place_sums + kSums * t);
   }
 }
 

@@ -1,7 +1,7 @@
 #include "kernels.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#include "../masked_linear/masked_tiles.h"
+#include "../masked_linear/narrow_tiles.h"
 #include "../sparse_linear/sparse_tiles.h"
 
 namespace persona {
@@ -11,6 +11,7 @@ const Kernels* amx_bf16_kernels() {
     with_tiles.name = "amx_bf16";
     with_tiles.prepare_tile = prepare_tile;
     with_tiles.masked_tiles = masked_tiles;
+    with_tiles.narrow_tiles = narrow_tiles;
     with_tiles.sparse_tiles = sparse_tiles;
     return with_tiles;
   }();

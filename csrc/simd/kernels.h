@@ -31,8 +31,9 @@ struct Kernels {
   void (*sparse_blocks)(const SparseBlocks&, std::int64_t, std::int64_t, float*);
   void (*expand_rows)(const SparseMatrix&, void*, std::int64_t, std::int64_t);
   // Null where there are no matrix tiles.
-  void (*prepare_tile)(const TileRows&, const Matrix&, void*, std::int64_t);
+  void (*prepare_tile)(const TileRows&, const Matrix&, const TileLayout&, void*, std::int64_t);
   void (*masked_tiles)(const MaskedTiles&, std::int64_t, std::int64_t, float*);
+  void (*narrow_tiles)(const MaskedTiles&, std::int64_t, std::int64_t, float*);
   void (*sparse_tiles)(const SparseTiles&, std::int64_t, std::int64_t, float*, const std::uint16_t**);
 };
 

@@ -19,7 +19,7 @@ constexpr Kernels table{V::name,          kSharesGates<V>,  activation_stats<V>,
                         count_digits<V>,  count_equal<V>,   select_above<V>,     prepared_bytes<V>, prepare_rows<V>,
                         masked_linear<V>, prepare_block<V>, masked_blocks<V>,    gate_rows<V>,      subtract_removed<V>,
                         sparse_linear<V>, sparse_blocks<V>, expand_rows<V>,      nullptr,           nullptr,
-                        nullptr};
+                        nullptr,          nullptr};
 
 }  // namespace
 }  // namespace persona

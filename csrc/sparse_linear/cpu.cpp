@@ -42,7 +42,7 @@ void sparse_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& bits
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->size(0) == weight.rows, "bias must be [N]");
   }
   if (kernels().sparse_tiles != nullptr && rows > kMostRowsUntiled && x.scalar_type() == ScalarType::BFloat16) {
-    multiply_by_tiles(x, rows_alike<TileRows>({MaskRows{nullptr, 0}}, rows), bias, y,
+    multiply_by_tiles(x, rows_alike<TileRows>({MaskRows{nullptr, 0}}, rows), {kTileStrip, 16}, bias, y,
                       [&](const TileArguments& a, int64_t first, int64_t last, float* sums) {
                         std::vector<const uint16_t*> next(static_cast<size_t>(a.panel_rows));
                         kernels().sparse_tiles({a, weight}, first, last, sums, next.data());

@@ -234,11 +234,12 @@ void check_alike(const char* name, const Kernels& k, Element element, std::int64
 /// Tiles of x as the products want them.
 class PreparedTiles {
  public:
-  PreparedTiles(const Kernels& k, const std::vector<TileRows>& tiles, const Matrix& x)
-      : data_(static_cast<std::size_t>(tile_bytes(x.columns)) * tiles.size() + 63) {
-    const std::int64_t strip = 1024 * kTileStrip, count = static_cast<std::int64_t>(tiles.size());
+  PreparedTiles(const Kernels& k, const std::vector<TileRows>& tiles, const Matrix& x, const TileLayout& layout)
+      : data_(static_cast<std::size_t>(layout.bytes(x.columns)) * tiles.size() + 63) {
+    const std::int64_t count = static_cast<std::int64_t>(tiles.size());
     for (std::int64_t t = 0; t < count; ++t)
-      k.prepare_tile(tiles[static_cast<std::size_t>(t)], x, get() + t * strip, count * strip);
+      k.prepare_tile(tiles[static_cast<std::size_t>(t)], x, layout, get() + t * layout.strip_bytes(),
+                     count * layout.strip_bytes());
   }
   std::uint8_t* get() { return data_.data() + (64 - reinterpret_cast<std::uintptr_t>(data_.data()) % 64) % 64; }
 
@@ -247,17 +248,22 @@ class PreparedTiles {
 };
 
 void check_tiles(const Kernels& k, std::int64_t outputs, std::int64_t columns, float gamma) {
-  check_alike<TileRows>("masked_tiles", k, Element::bf16, outputs, columns, gamma,
-                        [&](const auto& tiles, Matrix x, Matrix weight, const void* b, void* y) {
-                          const std::int64_t count = static_cast<std::int64_t>(tiles.size());
-                          PreparedTiles prepared(k, tiles, x);
-                          for (std::int64_t panel_rows : {32, 64}) {
-                            std::vector<float> sums(static_cast<std::size_t>(2 * tile_sums(panel_rows)));
-                            const TileArguments product{
-                                prepared.get(), tiles.data(), count, columns, panel_rows, b, 1, y, outputs};
-                            k.masked_tiles({product, weight, gamma}, 0, outputs, sums.data());
-                          }
-                        });
+  const auto multiply = [&](const auto& kernel, const TileLayout& layout, std::int64_t panel_rows) {
+    return [&, layout, panel_rows](const auto& tiles, Matrix x, Matrix weight, const void* b, void* y) {
+      const std::int64_t count = static_cast<std::int64_t>(tiles.size());
+      PreparedTiles prepared(k, tiles, x, layout);
+      std::vector<float> sums(static_cast<std::size_t>(count * tile_sums(panel_rows)));
+      const TileArguments product{prepared.get(), tiles.data(), count, columns, panel_rows, layout.width, b, 1, y,
+                                  outputs};
+      kernel({product, weight, gamma}, 0, outputs, sums.data());
+    };
+  };
+  for (std::int64_t panel_rows : {32, 64})
+    check_alike<TileRows>("masked_tiles", k, Element::bf16, outputs, columns, gamma,
+                          multiply(k.masked_tiles, {kTileStrip, 16}, panel_rows));
+  // It does not mind that two tiles have one mask.
+  check_alike<TileRows>("narrow_tiles", k, Element::bf16, outputs, columns, gamma,
+                        multiply(k.narrow_tiles, {kNarrowStrip, 16}, 32));
 }
 
 void check_blocks(const Kernels& k, Element element, std::int64_t outputs, std::int64_t columns, float gamma) {
@@ -375,11 +381,12 @@ void check_sparse(const Kernels& k, Element element, std::int64_t rows, std::int
   const auto by_tiles = [&] {
     if (k.sparse_tiles == nullptr || element != Element::bf16) return;
     const std::vector<TileRows> tiles = parts(TileRows{});
-    PreparedTiles ordered(k, tiles, x_rows);
+    PreparedTiles ordered(k, tiles, x_rows, {kTileStrip, 16});
     std::vector<float> sums(tiles.size() * tile_sums(32));
     std::vector<const std::uint16_t*> next(32);
     const std::int64_t count = static_cast<std::int64_t>(tiles.size());
-    const TileArguments product{ordered.get(), tiles.data(), count, columns, 32, b.bytes.data(), 1, y.data(), outputs};
+    const TileArguments product{ordered.get(), tiles.data(), count, columns, 32, 16, b.bytes.data(), 1,
+                                y.data(),      outputs};
     k.sparse_tiles({product, weight}, 0, outputs, sums.data(), next.data());
   };
   const auto check = [&](const char* name, const auto& multiply) {
