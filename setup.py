@@ -143,9 +143,11 @@ def command():
                 return super().build_extensions()
             try:
                 super().build_extensions()
+                built = Path(self.get_ext_fullpath(ext.name)).exists()
             except Exception as error:  # such as nvcc of another CUDA than torch's, found before anything is compiled
                 print(f"persona: {error}", file=sys.stderr)
-            if not Path(self.get_ext_fullpath(ext.name)).exists():
+                built = False  # An older library may be there.
+            if not built:
                 print("persona: the CUDA part cannot be built, see above; building without it", file=sys.stderr)
                 # The same object: setuptools has added to it what a new one would lack.
                 vars(ext).update(vars(extension(("cpu",), optional=True)))

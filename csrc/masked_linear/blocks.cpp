@@ -13,11 +13,13 @@ constexpr int64_t kPanelBytes = 1 << 19;
 /// x that every panel of the weight meets. More rows than these make its panels again.
 constexpr int64_t kBlocksBytes = 1 << 25;
 
-/// Whether a panel for each mask is faster than masks for each row.
+/// So many rows of x make a panel for their mask faster than the mask for each of them.
+constexpr int64_t kLeastAlike = 24;
+
 bool worth_blocks(const std::vector<RowBlock>& blocks, int64_t rows) {
   int64_t masks = 0;
   for (size_t b = 0; b < blocks.size(); ++b) masks += b == 0 || blocks[b].mask.bits != blocks[b - 1].mask.bits;
-  return rows >= 24 * masks;
+  return rows >= kLeastAlike * masks;
 }
 
 }  // namespace
@@ -59,6 +61,8 @@ void multiply_by_blocks(const Tensor& x, const std::vector<RowBlock>& blocks, co
 
 bool multiply_blocks(const Tensor& x, const Tensor& weight, const Gates& gates, const std::optional<Tensor>& bias,
                      Tensor& y) {
+  // Few rows are not even sorted.
+  if (x.size(0) < kLeastAlike) return false;
   const std::vector<RowBlock> blocks = rows_alike<RowBlock>(gates.masks, x.size(0));
   if (!worth_blocks(blocks, x.size(0))) return false;
   multiply_by_blocks(x, blocks, bias, y, [&](const BlockArguments& a, int64_t first, int64_t last, float* panel) {

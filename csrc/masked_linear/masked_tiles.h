@@ -22,24 +22,31 @@ PERSONA_INLINE __m512i gated(const std::uint16_t* weight, const std::uint8_t* bi
   return _mm512_mask_mov_epi16(Product<Avx512Bf16, bf16>::scale(w, gamma), kept, w);
 }
 
+/// One step of a place, two tiles of the weight: `count` rows of it and of the mask's bits, `stride` and `bits_stride`
+/// apart, `left` columns from here on; zeros for absent rows and columns.
+template <bool soft>
+PERSONA_INLINE void gate_step(const std::uint16_t* weight, std::int64_t stride, const std::uint8_t* bits,
+                              std::int64_t bits_stride, std::int64_t count, std::int64_t left, float gamma,
+                              std::uint8_t* out) {
+  if (count == kTileBlock && left >= kTileStep) {
+    for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += bits_stride, out += 64)
+      _mm512_store_si512(out, gated<soft>(weight, bits, kTileStep, gamma));
+  } else {
+    const std::int64_t inside = left < kTileStep ? left : kTileStep;
+    for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += bits_stride, out += 64)
+      _mm512_store_si512(out, r < count ? gated<soft>(weight, bits, inside, gamma) : _mm512_setzero_si512());
+  }
+}
+
 template <bool soft>
 struct GatedTiles {
   const MaskedTiles& a;
 
   void write(const TilePlace& p, std::int64_t s, std::uint8_t* strip) const {
     const MaskRows& mask = a.product.tile[p.tile].mask;
-    const std::int64_t k = (p.first + s) * kTileStep, width = a.weight.columns - k, stride = a.weight.stride[0];
-    const std::uint16_t* weight = weight_at(p) + s * kTileStep;
-    const std::uint8_t* bits = mask.bits + p.n * mask.stride + k / 8;
-    std::uint8_t* out = strip + 2 * kTileBytes * s;
-    if (p.count == kTileBlock && width >= kTileStep) {
-      for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
-        _mm512_store_si512(out, gated<soft>(weight, bits, kTileStep, a.gamma));
-    } else {
-      const std::int64_t inside = width < kTileStep ? width : kTileStep;
-      for (std::int64_t r = 0; r < kTileBlock; ++r, weight += stride, bits += mask.stride, out += 64)
-        _mm512_store_si512(out, r < p.count ? gated<soft>(weight, bits, inside, a.gamma) : _mm512_setzero_si512());
-    }
+    const std::int64_t k = (p.first + s) * kTileStep;
+    gate_step<soft>(weight_at(p) + s * kTileStep, a.weight.stride[0], mask.bits + p.n * mask.stride + k / 8,
+                    mask.stride, p.count, a.weight.columns - k, a.gamma, strip + 2 * kTileBytes * s);
   }
 
   /// Weights that the mask before has not just read.

@@ -25,21 +25,13 @@ inline void copy_step(const MaskedTiles& a, const TilePlace& p, std::int64_t s, 
 
 /// The same, gated for tile t of x.
 template <bool soft>
-PERSONA_INLINE void gate_step(const MaskedTiles& a, const TilePlace& p, std::int64_t t, std::int64_t s,
-                              const std::uint8_t* plain, std::uint8_t* strip) {
+PERSONA_INLINE void gate_plain(const MaskedTiles& a, const TilePlace& p, std::int64_t t, std::int64_t s,
+                               const std::uint8_t* plain, std::uint8_t* strip) {
   const MaskRows& mask = a.product.tile[t].mask;
-  const std::int64_t k = (p.first + s) * kTileStep, left = a.weight.columns - k;
-  const std::uint8_t* bits = mask.bits + p.n * mask.stride + k / 8;
-  const auto* weight = reinterpret_cast<const std::uint16_t*>(plain + 2 * kTileBytes * s);
-  std::uint8_t* out = strip + 2 * kTileBytes * s;
-  if (p.count == kTileBlock && left >= kTileStep) {
-    for (std::int64_t r = 0; r < kTileBlock; ++r, weight += kTileStep, bits += mask.stride, out += 64)
-      _mm512_store_si512(out, gated<soft>(weight, bits, kTileStep, a.gamma));
-  } else {
-    const std::int64_t inside = left < kTileStep ? left : kTileStep;
-    for (std::int64_t r = 0; r < kTileBlock; ++r, weight += kTileStep, bits += mask.stride, out += 64)
-      _mm512_store_si512(out, r < p.count ? gated<soft>(weight, bits, inside, a.gamma) : _mm512_setzero_si512());
-  }
+  const std::int64_t k = (p.first + s) * kTileStep, step = 2 * kTileBytes * s;
+  gate_step<soft>(reinterpret_cast<const std::uint16_t*>(plain + step), kTileStep,
+                  mask.bits + p.n * mask.stride + k / 8, mask.stride, p.count, a.weight.columns - k, a.gamma,
+                  strip + step);
 }
 
 /// Asks for what tile t of x needs of a place, and for its part of the weight.
@@ -74,7 +66,7 @@ void narrow_tiles_of(const MaskedTiles& a, std::int64_t first, std::int64_t last
   TilePlace here = at(first, 0);
   for (std::int64_t s = 0; here.count > 0 && s < here.steps; ++s) {
     copy_step(a, here, s, plain[0]);
-    gate_step<soft>(a, here, 0, s, plain[0], strip);
+    gate_plain<soft>(a, here, 0, s, plain[0], strip);
   }
   for (int turn = 0; here.count > 0; turn = 1 - turn) {
     const TilePlace next = after(here), later = after(next);
@@ -97,9 +89,10 @@ void narrow_tiles_of(const MaskedTiles& a, std::int64_t first, std::int64_t last
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         settle();
-        if (s < gate.steps) gate_step<soft>(a, gate, more ? t + 1 : 0, s, from, strip);
+        if (s < gate.steps) gate_plain<soft>(a, gate, more ? t + 1 : 0, s, from, strip);
       }
-      for (std::int64_t s = here.steps; s < gate.steps; ++s) gate_step<soft>(a, gate, more ? t + 1 : 0, s, from, strip);
+      for (std::int64_t s = here.steps; s < gate.steps; ++s)
+        gate_plain<soft>(a, gate, more ? t + 1 : 0, s, from, strip);
       _tile_stored(0, sum, row_bytes);
       _tile_stored(1, sum + half, row_bytes);
       if (here.first + here.steps == steps) write_sums(to, here, t, sum);
