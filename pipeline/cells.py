@@ -1,10 +1,12 @@
 """The cells of a study: one calibration and one evaluation each, as the command lines make them."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,11 @@ class Cell:
     def evaluation(self) -> Path:
         """What was measured; written last."""
         return self.folder / "evaluation.json"
+
+    @property
+    def others(self) -> Path:
+        """What was measured under the masks of other sets."""
+        return self.folder / "others.json"
 
     @property
     def label(self) -> str:
@@ -86,9 +93,25 @@ def make(cell: Cell, calibrate: list[str], evaluate: list[str], *, keep_masks: b
         shutil.rmtree(cell.run)
 
 
-def _call(cell: Cell, command: str, options: list[str]) -> None:
+def cross(cells: Sequence[Cell], evaluate: list[str]) -> None:
+    """Measure every cell's items under the masks of the other sets, of the same seed and values; what is there is kept.
+
+    Raises UserError as ``make`` does.
+    """
+    for number, cell in enumerate(cells, 1):
+        runs = [str(o.run) for o in cells if (o.seed, o.values) == (cell.seed, cell.values) and o is not cell]
+        if cell.others.exists() or not runs:
+            continue
+        note(f"other masks, cell {number} of {len(cells)}")
+        data = ["--data", cell.held_out] if cell.held_out else []
+        only = ["--conditions", "others", "--other-runs", json.dumps(runs), "--generate", "0", "--questions", "0"]
+        files = ["--plot", str(cell.folder / "others.png"), "--json", str(cell.others)]
+        _call(cell, "evaluate", [str(cell.run), *data, *evaluate, *only, *files], cell.others.stem)
+
+
+def _call(cell: Cell, command: str, options: list[str], name: str = "") -> None:
     note(f"{cell.folder.name}: pipeline.{command} {' '.join(options)}")
-    with open(cell.folder / f"{command}.txt", "w", encoding="utf-8") as output:
+    with open(cell.folder / f"{name or command}.txt", "w", encoding="utf-8") as output:
         code = subprocess.run([sys.executable, "-m", f"pipeline.{command}", *options], stdout=output).returncode
     if code in (-2, 130):
         raise KeyboardInterrupt

@@ -127,12 +127,16 @@ def _base(ground: Ground, pair: PersonaSet) -> list[Setting]:
 
 
 def _others(ground: Ground, pair: PersonaSet) -> list[Setting]:
-    """The masks of the run's other personas; of two opposing ones, the first is held against the second."""
+    """The masks of other personas, of the run and of others; of two opposing ones, the first is held against the
+    second."""
     manifest = ground.model.masks.manifest
-    names = [name for name in manifest["masks"] if name not in pair.poles and name != NEUTRAL]
+    names = [name for name in (*manifest["masks"], *ground.others) if name not in pair.poles and name != NEUTRAL]
     if not names:
-        note(f"no other masks for {pair.plus}/{pair.minus}: the run has one pair; calibrate several together")
-    opponents = manifest["personas"]["opponents"]
+        note(
+            f"no other masks for {pair.plus}/{pair.minus}: the run has one pair; calibrate several together, or name "
+            f"--other-runs"
+        )
+    opponents = manifest["personas"]["opponents"] | ground.others
     return [
         Setting(
             f"other mask: {name}",

@@ -344,7 +344,10 @@ class EvaluateConfig:
     as the mask), lora (fine-tuned on the calibration answers, needs peft), mask (own and opponent's), prompt+mask (both
     at once), neutral (a mask made the same way from neutral text), base (the mask that --on named, alone), random
     (random masks), rows (random masks that remove as much of every row as the pole's mask), others (the masks of the
-    run's other personas)."""
+    run's other personas, and of --other-runs)."""
+    other_runs: list[str] = field(default_factory=list)
+    """others: further runs over the same model, whose masks are other personas' too: '["runs/a", "runs/b"]', or
+    --other-runs+ RUN for each."""
     shots: int = 3
     """rag: how many calibration items stand before a question."""
     steering_layers: str = ""

@@ -20,26 +20,16 @@ DESCRIPTION = (
 
 def evaluate(config: EvaluateConfig) -> list[Any]:
     """Run the evaluation; prints the tables, writes the plot and, if asked, the JSON. Returns the records."""
-    import torch
-
-    from pipeline.data.prompts import Prompter
     from pipeline.heldout import held_out
-    from pipeline.loading import pick_device
     from pipeline.measuring import measure_all
-    from pipeline.model import PersonaModel
     from pipeline.plots import plot
-    from pipeline.protocol import Limits
-    from pipeline.setting import Ground
+    from pipeline.setting import ground_of
     from pipeline.store import load_manifest
     from pipeline.tables import print_abilities, print_efficiency, print_generation, print_table
 
     manifest = load_manifest(config.run)
     pairs = _chosen(held_out(manifest, config.data, config.strict, note), config)
-    dtype = getattr(torch, config.precision)
-    model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=pick_device(config.device))
-    prompter = Prompter(model.tokenizer)
-    limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
-    results = measure_all(Ground(model, prompter, limits, config), pairs)
+    results = measure_all(ground_of(config), pairs)
     records, criterion = results.records, manifest["criterion"]
     print_table(records, results.contrasts, criterion)
     print_generation(results.generation, config.questions)

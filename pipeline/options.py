@@ -210,9 +210,14 @@ class StudyConfig:
     """Options of every evaluation, as on the command line of pipeline.evaluate."""
     keep_masks: bool = True
     """Keep the masks of every cell, not only what was measured."""
+    others: bool = False
+    """Also measure every set under the masks of the other sets, of the same seed and values: what a mask of another
+    trait does to it."""
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
+        if self.others and not self.keep_masks:
+            raise UserError("--others needs the masks of all cells; leave --no-keep-masks away")
         self.grid()
 
     @property

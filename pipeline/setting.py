@@ -1,15 +1,19 @@
 """A state of the model and what stands before a question, and the model in that state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pipeline.baselines.finetuning import Adapter, adapted
 from pipeline.baselines.steering import Steering, Strength, steered
 from pipeline.config import EvaluateConfig
 from pipeline.data.catalogue import PersonaSet
+from pipeline.data.forms import NEUTRAL
+from pipeline.errors import UserError
+from pipeline.masks import PersonaMasks
 from pipeline.neutral import NeutralMasks
 from pipeline.protocol import Earlier, Limits
 
@@ -44,6 +48,8 @@ class Ground:
     prompter: Any
     limits: Limits
     config: EvaluateConfig
+    others: dict[str, str] = field(default_factory=dict)
+    """Personas of ``--other-runs``, with their opponents ("" for none)."""
 
     @cached_property
     def neutral(self) -> NeutralMasks:
@@ -62,7 +68,32 @@ def ground_of(config: EvaluateConfig) -> Ground:
     dtype, device = getattr(torch, config.precision), pick_device(config.device)
     model = PersonaModel.from_pretrained(config.run, config.model, dtype=dtype, device=device)
     limits = Limits(config.max_length, config.batch_tokens, model.tokenizer.pad_token_id)
-    return Ground(model, Prompter(model.tokenizer), limits, config)
+    others = add_runs(model, config.other_runs)
+    return Ground(model, Prompter(model.tokenizer), limits, config, others)
+
+
+def add_runs(model: Any, runs: Sequence[str]) -> dict[str, str]:
+    """Add the masks of further runs to ``model``. Returns their personas, each with its opponent ("" for none).
+
+    Raises UserError where a run was made for another model, or a persona has the name of one that is there.
+    """
+    from pipeline.store import load_masks
+
+    added: dict[str, str] = {}
+    fingerprint = model.masks.manifest["model"]["fingerprint"]
+    for run in runs:
+        masks = load_masks(Path(run))
+        theirs = masks.manifest["model"]["fingerprint"]
+        if any(theirs[layer] != fingerprint[layer] for layer in theirs.keys() & fingerprint.keys()):
+            raise UserError(f"--other-runs: {run} was made for other weights ({masks.manifest['model']['id']!r})")
+        own = {name: bits for name, bits in masks.bits.items() if name != NEUTRAL}
+        try:
+            model.add(PersonaMasks(masks.shapes, own, masks.manifest))
+        except ValueError as error:
+            raise UserError(f"--other-runs: {run} cannot be added ({error})") from error
+        opponents = masks.manifest["personas"]["opponents"]
+        added |= {name: opponents.get(name, "") for name in own}
+    return added
 
 
 @contextmanager

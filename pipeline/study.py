@@ -21,7 +21,7 @@ NAME = "study.json"
 
 def study(config: StudyConfig) -> list[Any]:
     """Make what is missing of the cells, then the tables, the plots and ``study.json``. Returns the rows."""
-    from pipeline.cells import cells_of, make
+    from pipeline.cells import cells_of, cross, make
     from pipeline.curves import curves_plot
     from pipeline.figures import separation_plot
     from pipeline.gathered import read_evaluation
@@ -34,7 +34,10 @@ def study(config: StudyConfig) -> list[Any]:
     for number, cell in enumerate(cells, 1):
         note(f"cell {number} of {len(cells)}")
         make(cell, shlex.split(config.calibrate), shlex.split(config.evaluate), keep_masks=config.keep_masks)
-    evaluations = [(cell, read_evaluation(cell.evaluation)) for cell in cells]
+    if config.others:
+        cross(cells, shlex.split(config.evaluate))
+    files = [(cell, file) for cell in cells for file in (cell.evaluation, cell.others)]
+    evaluations = [(cell, read_evaluation(file)) for cell, file in files if file == cell.evaluation or file.exists()]
     rows = [row for cell, evaluation in evaluations for row in rows_of(cell, evaluation)]
     means = means_of(rows)
     print_study(rows, means)

@@ -48,7 +48,8 @@ class Row:
 class Mean:
     """One condition under one combination of values, over all sets and seeds.
 
-    ``seeds`` are the means over sets, one per seed; ``above`` counts the cells whose interval lies above zero.
+    ``seeds`` are the means over sets, one per seed; ``above`` and ``below`` count the cells whose interval lies
+    above or below zero.
     """
 
     label: str
@@ -56,6 +57,7 @@ class Mean:
     condition: str
     cells: int
     above: int
+    below: int
     separation: float
     seeds: tuple[float, ...]
     own: float
@@ -144,6 +146,7 @@ def _mean(key: tuple[str, str, str], rows: Sequence[Row]) -> Mean:
         *key,
         cells=len(rows),
         above=sum(row.low > 0 for row in rows),
+        below=sum(row.high < 0 for row in rows),
         separation=statistics.fmean(row.separation for row in rows),
         seeds=tuple(statistics.fmean(values) for values in by_seed.values()),
         own=statistics.fmean(value for row in rows for value in row.own),

@@ -55,7 +55,7 @@ def _means_table(means: Sequence[Mean], varied: bool) -> Any:
         table.add_column(name)
     for name in (
         "cells",
-        "above zero",
+        "above, below zero",
         "separation",
         "seed by seed",
         "own answers",
@@ -69,7 +69,7 @@ def _means_table(means: Sequence[Mean], varied: bool) -> Any:
             mean.criterion,
             mean.condition,
             str(mean.cells),
-            str(mean.above),
+            f"{mean.above}, {mean.below}",
             f"{mean.separation:+.1f}",
             ", ".join(f"{value:+.1f}" for value in mean.seeds) if len(mean.seeds) > 1 else "",
             f"{mean.own:+.2f}",

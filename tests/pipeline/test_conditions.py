@@ -16,11 +16,14 @@ from pipeline.data.catalogue import PersonaSet, neutral_set
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.module import draw
 from pipeline.data.prompts import Prompter
+from pipeline.errors import UserError
 from pipeline.evaluation import CONDITIONS as SHOWN
 from pipeline.evaluation import place
+from pipeline.loading import load_model, load_tokenizer
 from pipeline.model import PersonaModel
 from pipeline.protocol import Limits
 from pipeline.setting import Ground
+from pipeline.sites import find_linears
 from pipeline.store import STATISTICS, load_statistics
 from tests.pipeline.tiny import write_pairs
 
@@ -131,6 +134,34 @@ def test_other_masks_through_the_program(words, ground, tmp_path, capsys):
     # The same items: up's mask on the pair left/right is up's own state.
     same = by["other mask: up", "left/right", "left"], by["own mask", "up/down", "up"]
     assert same[0]["margin"] == pytest.approx(same[1]["margin"])
+
+
+def test_masks_of_other_runs(words, ground, tmp_path, capsys):
+    """They are the same as those of other personas in one run; a run of another model, or of the same names, is not."""
+    held = write_pairs(tmp_path / "held.csv", 14)
+    one, two, other = tmp_path / "one,seed=0", tmp_path / "two,seed=0", tmp_path / "other model"
+    wanda = "--criterion", "wanda", "--sparsity", "0.3"
+    assert calibrate.main(words(one, *wanda, personas=f"up/down={ground.pairs}")) == 0
+    assert calibrate.main(words(two, *wanda, personas=f"left/right={ground.pairs}")) == 0
+    options = [str(one), "--texts", "1", "--bootstrap", "20", "--questions", "0", "--conditions", "others,mask"]
+    options += ["--data", f"up/down={held}", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]
+    assert evaluate.main([*options, "--other-runs", json.dumps([str(two)])]) == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["options"]["other_runs"] == [str(two)]
+    shift = {c["condition"]: c["shift"] for c in report["contrasts"]}
+    # Wanda sees what a persona's answers activate; both runs saw the same.
+    assert shift["other mask: left"] == pytest.approx(shift["own mask"])
+    assert evaluate.main([*options, "--other-runs+", str(one)]) == 2
+    assert "cannot be added (personas in both: down, up)" in capsys.readouterr().err
+    model = load_model(str(ground.llama))
+    next(iter(find_linears(model).values())).weight.data.neg_()
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(ground.llama)).save_pretrained(tmp_path / "model")
+    assert calibrate.main(words(other, *wanda, "--model", str(tmp_path / "model"), personas=f"a/b={ground.pairs}")) == 0
+    assert evaluate.main([*options, "--other-runs+", str(other)]) == 2
+    assert "was made for other weights" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        evaluate.evaluate(EvaluateConfig(one, data=f"up/down={held}", other_runs=[str(tmp_path)]))
 
 
 def test_what_cannot_be_had_is_said_before_anything_is_measured(words, tmp_path, capsys, monkeypatch):

@@ -17,15 +17,17 @@ from pipeline.staging import STATE, staging_of
 from pipeline.tally import each_of, means_of, number_of, points_of, rows_of
 
 
+def held_out(path):
+    rows = "".join(f"What on night {i}?,I jump {i},Lazy {i}\n" for i in range(6))
+    path.write_text("question,matching,not_matching\n" + rows, encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="module")
 def made(ground, tmp_path_factory):
     """A study of two sparsities on the tiny Llama, through the command line."""
     folder = tmp_path_factory.mktemp("study") / "made"
-    test = ground.folder / "held-out.csv"
-    test.write_text(
-        "question,matching,not_matching\n" + "".join(f"What on night {i}?,I jump {i},Lazy {i}\n" for i in range(6)),
-        encoding="utf-8",
-    )
+    test = held_out(ground.folder / "held-out.csv")
     command = [
         str(folder),
         f"--sets=up/down={ground.pairs}@{test}",
@@ -50,6 +52,36 @@ def test_every_cell_once(made):
         assert all(0 < removed <= limit + 0.03 for row in own for removed in row["removed"])
     assert (folder / "separation.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_set_under_the_masks_of_the_others(ground, tmp_path, capsys):
+    """Once, and again for what is new."""
+    test, other = held_out(tmp_path / "test.csv"), tmp_path / "other.csv"
+    other.write_text(ground.pairs.read_text().replace("jump", "drop").replace("fox", "hen"))
+    two = f"up/down={ground.pairs}@{test},left/right={other}@{test}"
+    calibrated = f"--calibrate=--model {ground.llama} --criterion first-order-pool --pool 1 --sparsity 0.3"
+    measured = ["--evaluate", "--texts 2 --generate 1 --bootstrap 50 --conditions mask,random --draws 1 --no-options"]
+    folder = tmp_path / "study"
+    command = [str(folder), f"--sets={two}", calibrated, *measured, "--others"]
+    assert study.main(command) == 0
+    content = json.loads((folder / "study.json").read_text())
+    rows = {(row["set"], row["condition"]): row for row in content["rows"]}
+    foreign = {("up-down", "other mask: left"), ("left-right", "other mask: up")}
+    assert set(rows) == foreign | {(name, c) for name in ("up-down", "left-right") for c in ("own mask", "random mask")}
+    # The same items: a state is the same, whichever set it was made from; it is held against the other set's poles.
+    assert rows["up-down", "other mask: left"]["shift"] == pytest.approx(rows["left-right", "own mask"]["shift"])
+    (mean,) = (mean for mean in content["means"] if mean["condition"] == "other mask")
+    assert mean["cells"] == 2
+    assert mean["above"] + mean["below"] == sum(rows[k]["low"] > 0 or rows[k]["high"] < 0 for k in foreign)
+    assert "other mask" in capsys.readouterr().out
+    before = (folder / "cells" / "up-down,seed=0" / "others.json").stat()
+    assert study.main(command) == 0
+    assert (folder / "cells" / "up-down,seed=0" / "others.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_others_need_masks_that_are_kept():
+    with pytest.raises(UserError, match="--others needs the masks"):
+        StudyConfig("out", others=True, keep_masks=False)
 
 
 def test_rows_are_the_evaluations(made):
