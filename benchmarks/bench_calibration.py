@@ -38,7 +38,7 @@ def calibrate(bench: Bench, shapes: Shapes, dtype: torch.dtype, blocks: int) -> 
     passes = {"torch": causal.model, backends.choose("activation_stats", here()): ours, "reference-style": reference}
     samples: dict[str, list[float]] = {name: [] for name in passes}
     causal.model(torch.randint(shapes.vocabulary, (BATCH, tokens())))
-    for _ in range(3 if bench.quick else 4):
+    for _ in range(3 if bench.quick else 8):
         ids = torch.randint(shapes.vocabulary, (BATCH, tokens()))
         for name, forward in passes.items():
             samples[name].append(duration(forward, ids))

@@ -1,4 +1,4 @@
-"""The masked product: personas of one batch on one weight, and prefill."""
+"""The masked product: personas of one batch on one weight, prefill, and both at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -63,12 +63,39 @@ def prefill(bench: Bench, pool: Pool, count: int) -> None:
     )
 
 
+def mixed(bench: Bench, pool: Pool, count: int, personas: int) -> None:
+    """Many rows of several personas in turn, against a dense product for each with a weight that was masked before."""
+    weight = next(pool)
+    rows, columns, dtype = *weight.shape, weight.dtype
+    ours = backends.choose("masked_linear", here())
+    bits = masks(personas, rows, columns, 0.5)
+    x, persona = torch.randn(count, columns).to(dtype), torch.arange(count, dtype=torch.int32) % personas
+    parts = [x[one::personas].contiguous() for one in range(personas)]
+    right = close(masked_linear(x, weight, bits, persona), masked_linear_reference(x, weight, bits, persona, 0.0, None))
+    size = dtype.itemsize
+    timings = bench.compare(
+        "masked_linear",
+        f"{rows}x{columns}, {count} rows of {personas} personas",
+        dtype,
+        {
+            ours: lambda: masked_linear(x, next(pool), bits, persona),
+            "premasked, loop": lambda: [F.linear(part, next(pool)) for part in parts],
+        },
+        nbytes=rows * columns * size + personas * bits[0].numel(),
+        peer="premasked, loop",
+        check=lambda _: right,
+    )
+    against(timings, ours, "premasked, loop", personas * size / (size + personas / 8))
+
+
 def main(bench: Bench) -> None:
     for pool in problems(bench):
         for personas in (1, 4, 16):
             of_personas(bench, pool, personas)
         for count in (64, 256, 1024):
             prefill(bench, pool, count)
+        for count, personas in ((64, 4), (64, 16), (256, 16)):
+            mixed(bench, pool, count, personas)
 
 
 if __name__ == "__main__":
