@@ -205,7 +205,7 @@ def line_under(
     are not two."""
     items = own_items(persona, catalogue, config)
     sizes = {"batch_tokens": config.batch_tokens, "pad": tokenizer.pad_token_id, "undivided": config.undivided}
-    measure = line_of(items, Prompter(tokenizer), config.max_length, model, **sizes)
+    measure = line_of(items, Prompter(tokenizer), config.max_length, **sizes)
 
     def line(masks: PersonaMasks) -> Line:
         assert measure is not None

@@ -2,8 +2,7 @@
 
 A mask may rank such items rightly and yet answer Yes to all of them. What it leans to is a direction of its own: the
 gradient of ``log p(Yes) - log p(No)`` over all items, whoever's answer that is. Weights are then chosen by their gain
-for the persona and, at a price, by what they do to this; the price that draws the line between the two kinds of items
-is searched.
+for the persona and, at a price, by what they do to this; the price that draws the line in the middle is searched.
 
 Such a mask may draw its line by making both answers unlikely. Where no part of it is within the budget, a third
 gradient enters the gain at a fixed price (``BOTH_PRICE``): that of the mean of both log-probabilities.
@@ -12,8 +11,6 @@ gradient enters the gain at a fixed price (``BOTH_PRICE``): that of the mean of 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from pipeline.data.forms import Item
 from pipeline.data.prompts import Encoded, Prompter
@@ -24,11 +21,8 @@ from pipeline.objectives import Unit, WeightedAnswer
 FEWEST = 4
 """Items that each of the two answers has to be the persona's own in."""
 LEVEL, FIRST_STEP, TRIES = 0.1, 0.25, 7
-"""The line is in its place when it is off by at most this part of the distance between the two kinds of items; the
+"""The line is in the middle when it is off by at most this part of the distance between the two kinds of items; the
 first step of the price, in nats of margin for a nat of leaning, and how many prices are tried."""
-KEPT, NARROWEST = 0.5, 1 / 3
-"""Items that the unmasked model answers rightly claim so much more room, for a mask should not lose them; and a kind is
-taken to spread at least so much as the other, for a few items may be alike by chance."""
 
 BOTH_PRICE = 1.0
 """Nats of margin for a nat of both answers' mean log-probability."""
@@ -39,31 +33,17 @@ Answer = tuple[int, ...]
 @dataclass(frozen=True)
 class Line:
     """Mean of ``log p(first) - log p(second)``, nats, over the items where the first answer is the persona's own, and
-    over those where the second is; ``room``: how the distance is to be divided, first to second."""
+    over those where the second is."""
 
     first: float
     second: float
-    room: tuple[float, float] = (1.0, 1.0)
 
     @property
     def off(self) -> float:
         """How far the line between the two kinds is from indifference, as a share of their distance; positive: leans to
         the first answer. Where they are not apart, every line is as good."""
         distance = self.first - self.second
-        return (self.first - distance * self.room[0] / sum(self.room)) / distance if distance > 0 else 0.0
-
-
-def line_between(first: Sequence[float], second: Sequence[float], right: tuple[float, float] = (0.0, 0.0)) -> Line:
-    """The line between two kinds of items by their ``log p(first) - log p(second)``, nats; ``right`` is the share of
-    either kind that the unmasked model answers rightly.
-
-    Each kind gets room by its standard deviation, so that as many of one as of the other fall on the wrong side.
-    """
-    spreads = [torch.tensor(kind, dtype=torch.float64).std(correction=0).item() for kind in (first, second)]
-    least = NARROWEST * max(spreads)
-    a, b = (max(spread, least) * (1 + KEPT * share) for spread, share in zip(spreads, right, strict=True))
-    room = (a, b) if a > 0 else (1.0, 1.0)
-    return Line(sum(first) / len(first), sum(second) / len(second), room)
+        return (self.first + self.second) / 2 / distance if distance > 0 else 0.0
 
 
 def two_answers(pairs: Sequence[tuple[Encoded, Encoded]]) -> tuple[Answer, Answer] | None:
@@ -99,10 +79,10 @@ def both_units(units: Sequence[Unit]) -> list[Unit]:
 
 
 def line_of(
-    items: Sequence[Item], prompter: Prompter, max_length: int, unmasked: Any, **sizes: Any
+    items: Sequence[Item], prompter: Prompter, max_length: int, **sizes: Any
 ) -> Callable[[PersonaModel], Line] | None:
-    """Measures where a mask draws the line on a persona's ``items``; None where there is no such line. ``unmasked`` is
-    the model without it, ``sizes`` are those of ``answer_scores``."""
+    """Measures where a mask draws the line on a persona's ``items``; None where there is no such line. ``sizes`` as for
+    ``answer_scores``."""
     pairs = []
     for item in items:
         if item.other is None:
@@ -115,20 +95,18 @@ def line_of(
         return None
     own_first = [_answer(own) == answers[0] for own, _ in pairs]
 
-    def kinds(model: Any) -> tuple[list[float], list[float]]:
+    def measure(model: PersonaModel) -> Line:
         scores = answer_scores(model, [text for pair in pairs for text in pair], **sizes)
         margins = [own.mean - other.mean for own, other in zip(scores[::2], scores[1::2], strict=True)]
         first = [margin for margin, is_first in zip(margins, own_first, strict=True) if is_first]
         second = [-margin for margin, is_first in zip(margins, own_first, strict=True) if not is_first]
-        return first, second
+        return Line(sum(first) / len(first), sum(second) / len(second))
 
-    first, second = kinds(unmasked)
-    right = sum(x > 0 for x in first) / len(first), sum(x < 0 for x in second) / len(second)
-    return lambda model: line_between(*kinds(model), right)
+    return measure
 
 
 def levelled(off: Callable[[float], float], start: float = 0.0) -> float:
-    """The price at which a mask's line is in its place, or of those tried the nearest to it; ``start`` is tried first.
+    """The price at which a mask's line is in the middle, or of those tried the nearest to it; ``start`` is tried first.
 
     ``off(price)`` measures ``Line.off``; it falls as the price falls, more or less steadily.
     """

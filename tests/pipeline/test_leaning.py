@@ -14,19 +14,7 @@ from pipeline.data.catalogue import load_catalogue
 from pipeline.data.prompts import Encoded, Prompter
 from pipeline.gradient_files import BOTH, LEANING, Gradients, gradient_file
 from pipeline.gradients import accumulating, backward
-from pipeline.leaning import (
-    FEWEST,
-    KEPT,
-    LEVEL,
-    NARROWEST,
-    TRIES,
-    Line,
-    both_units,
-    leaning_units,
-    levelled,
-    line_between,
-    two_answers,
-)
+from pipeline.leaning import FEWEST, LEVEL, TRIES, Line, both_units, leaning_units, levelled, two_answers
 from pipeline.loading import load_model, load_tokenizer
 from pipeline.masks import PersonaMasks
 from pipeline.objectives import margin_units
@@ -148,39 +136,6 @@ def test_how_far_a_line_is_off():
     assert Line(1.0, -1.0).off == 0
     assert Line(-1.0, -3.0).off == pytest.approx(-1)
     assert Line(1.0, 2.0).off == 0
-    # Three quarters of the distance belong to the first kind: the line is at -2.
-    assert Line(1.0, -3.0, (3.0, 1.0)).off == pytest.approx(-0.5)
-    assert Line(3.0, -1.0, (3.0, 1.0)).off == 0
-
-
-def test_a_kind_that_spreads_more_has_more_room():
-    """At the line as many standard deviations lie between it and either kind."""
-    first, second = [1.0, 2.0, 3.0, 4.0], [-9.0, -5.0, -5.0, -1.0]
-    line = line_between(first, second)
-    assert (line.first, line.second) == (2.5, -5.0)
-    at = line.off * (line.first - line.second)
-    assert (line.first - at) / 1.25**0.5 == pytest.approx((at - line.second) / 8**0.5)
-
-
-def test_what_the_unmasked_model_has_right_claims_more_room():
-    kind = [1.0, 2.0, 3.0]
-    other = [-value for value in kind]
-    assert line_between(kind, other).off == pytest.approx(0)
-    assert line_between(kind, other, (0.5, 0.5)).off == pytest.approx(0)
-    kept = line_between(kind, other, (0.0, 1.0))
-    assert kept.room[1] == pytest.approx((1 + KEPT) * kept.room[0])
-    assert kept.off > 0
-    assert line_between(kind, other, (1.0, 0.0)).off == pytest.approx(-kept.off)
-
-
-@pytest.mark.parametrize(("first", "room"), [([2.0] * 4, NARROWEST), ([1.0, 3.0] * 2, 1.0)], ids=["alike", "spread"])
-def test_items_alike_by_chance_keep_some_room(first, room):
-    line = line_between(first, [-1.0, -3.0])
-    assert line.room[0] / line.room[1] == pytest.approx(room)
-
-
-def test_items_all_alike_share_the_room():
-    assert line_between([3.0] * 4, [1.0] * 4).off == pytest.approx(1)
 
 
 def test_a_line_is_measured_as_its_definition_says(ground, tmp_path):
@@ -210,9 +165,6 @@ def test_a_line_is_measured_as_its_definition_says(ground, tmp_path):
     other = "No" if first == "Yes" else "Yes"
     assert found.first == pytest.approx(sign * means[first], abs=1e-4)
     assert found.second == pytest.approx(sign * means[other], abs=1e-4)
-    kinds = [[sign * margin for margin in margins[answer]] for answer in (first, other)]
-    right = [sum(s * m > 0 for m in kind) / len(kind) for s, kind in zip((1, -1), kinds, strict=True)]
-    assert found.room == pytest.approx(line_between(*kinds, right).room, rel=1e-3)
 
 
 def test_texts_have_no_line(ground):
@@ -223,7 +175,7 @@ def test_texts_have_no_line(ground):
 
 @pytest.mark.parametrize("compose", ["", "mix/other=0.6*up+0.4*left"], ids=["poles", "mixture"])
 def test_a_run_levels_its_masks(ground, words, tmp_path, monkeypatch, compose):
-    """Of the same calibration with and without a price, the one with it is nearer to its place."""
+    """Of the same calibration with and without a price, the one with it is nearer to the middle."""
     personas = f"up/down={write_statements(tmp_path / 'up.jsonl')}"
     names = {"up", "down"}
     if compose:
