@@ -75,7 +75,7 @@ def test_help_documents_every_option_with_dashes(command, capsys):
     docs = documented(kind)
     for field in dataclasses.fields(kind):
         name = field.name.replace("_", "-")
-        positional = field.default is dataclasses.MISSING
+        positional = field.default is field.default_factory is dataclasses.MISSING
         assert re.search(rf"^ +{'' if positional else '--'}{name}\b", text, re.MULTILINE), field.name
         assert squeeze(docs[field.name]) in squeeze(text), field.name
     assert squeeze(MODULES[command].DESCRIPTION) in squeeze(text)
