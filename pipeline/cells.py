@@ -94,19 +94,30 @@ def make(cell: Cell, calibrate: list[str], evaluate: list[str], *, keep_masks: b
 
 
 def cross(cells: Sequence[Cell], evaluate: list[str]) -> None:
-    """Measure every cell's items under the masks of the other sets, of the same seed and values; what is there is kept.
+    """Measure every cell's items under the masks of the other sets, of the same seed and values; what is there is kept,
+    unless a set has come since.
 
     Raises UserError as ``make`` does.
     """
     for number, cell in enumerate(cells, 1):
         runs = [str(o.run) for o in cells if (o.seed, o.values) == (cell.seed, cell.values) and o is not cell]
-        if cell.others.exists() or not runs:
+        if set(runs) <= _known(cell):
             continue
         note(f"other masks, cell {number} of {len(cells)}")
         data = ["--data", cell.held_out] if cell.held_out else []
         only = ["--conditions", "others", "--other-runs", json.dumps(runs), "--generate", "0", "--questions", "0"]
+        only += ["--no-efficiency", "--tasks", ""]
         files = ["--plot", str(cell.folder / "others.png"), "--json", str(cell.others)]
         _call(cell, "evaluate", [str(cell.run), *data, *evaluate, *only, *files], cell.others.stem)
+
+
+def _known(cell: Cell) -> set[str]:
+    """The other runs under whose masks a cell's items were measured."""
+    from pipeline.gathered import read_evaluation
+
+    if not cell.others.exists():
+        return set()
+    return set(read_evaluation(cell.others).content.get("options", {}).get("other_runs", []))
 
 
 def _call(cell: Cell, command: str, options: list[str], name: str = "") -> None:

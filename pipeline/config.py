@@ -399,6 +399,8 @@ class EvaluateConfig:
         check_gamma(self.gamma)
         for condition in self.wanted:
             _one_of("conditions", condition, CONDITIONS)
+        if self.other_runs and "others" not in self.wanted:
+            raise UserError("--other-runs is read by --conditions others, which was not asked for")
         _at_least("temperature", self.temperature, 0)
         if self.steering_strength not in ("shift", "cost"):
             _at_least("steering_strength", _number(self.steering_strength), 0)

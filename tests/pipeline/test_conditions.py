@@ -160,8 +160,10 @@ def test_masks_of_other_runs(words, ground, tmp_path, capsys):
     assert calibrate.main(words(other, *wanda, "--model", str(tmp_path / "model"), personas=f"a/b={ground.pairs}")) == 0
     assert evaluate.main([*options, "--other-runs+", str(other)]) == 2
     assert "was made for other weights" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--other-runs is read by --conditions others"):
+        EvaluateConfig(one, other_runs=[str(two)])
     with pytest.raises(UserError, match=r"manifest\.json"):
-        evaluate.evaluate(EvaluateConfig(one, data=f"up/down={held}", other_runs=[str(tmp_path)]))
+        evaluate.evaluate(EvaluateConfig(one, data=f"up/down={held}", conditions="others", other_runs=[str(tmp_path)]))
 
 
 def test_what_cannot_be_had_is_said_before_anything_is_measured(words, tmp_path, capsys, monkeypatch):

@@ -74,9 +74,15 @@ def test_every_set_under_the_masks_of_the_others(ground, tmp_path, capsys):
     assert mean["cells"] == 2
     assert mean["above"] + mean["below"] == sum(rows[k]["low"] > 0 or rows[k]["high"] < 0 for k in foreign)
     assert "other mask" in capsys.readouterr().out
-    before = (folder / "cells" / "up-down,seed=0" / "others.json").stat()
+    file = folder / "cells" / "up-down,seed=0" / "others.json"
+    before = file.stat()
     assert study.main(command) == 0
-    assert (folder / "cells" / "up-down,seed=0" / "others.json").stat().st_mtime_ns == before.st_mtime_ns
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    command[1] += f",fore/back={other}@{test}"
+    assert study.main(command) == 0
+    content = json.loads((folder / "study.json").read_text())
+    own = {row["condition"] for row in content["rows"] if row["set"] == "up-down"}
+    assert own == {"own mask", "random mask", "other mask: left", "other mask: fore"}
 
 
 def test_others_need_masks_that_are_kept():
