@@ -50,6 +50,8 @@ def handled(farewell: str) -> Iterator[None]:
         yield
     finally:
         release()
+        # Who catches Stop and goes on is not to be stopped again by the same signal.
+        _Process.pending = 0
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -154,6 +154,10 @@ def test_signals_wait_for_the_end_of_what_must_not_be_broken():
     assert done == [1]
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+    # Who catches it and goes on is not stopped once more.
+    with signals.unbroken():
+        done.append(3)
+    assert done == [1, 3]
 
 
 def kills(devices, trials, seed, folder):
