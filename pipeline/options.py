@@ -218,6 +218,8 @@ class StudyConfig:
         self.output = Path(self.output)
         if self.others and not self.keep_masks:
             raise UserError("--others needs the masks of all cells; leave --no-keep-masks away")
+        if self.others and len(self.pairs) < 2:
+            raise UserError("--others needs several --sets")
         self.grid()
 
     @property

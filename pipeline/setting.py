@@ -80,7 +80,8 @@ def add_runs(model: Any, runs: Sequence[str]) -> dict[str, str]:
     from pipeline.store import load_masks
 
     added: dict[str, str] = {}
-    fingerprint = model.masks.manifest["model"]["fingerprint"]
+    together = model.masks
+    fingerprint = together.manifest["model"]["fingerprint"]
     for run in runs:
         masks = load_masks(Path(run))
         theirs = masks.manifest["model"]["fingerprint"]
@@ -88,11 +89,14 @@ def add_runs(model: Any, runs: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--other-runs: {run} was made for other weights ({masks.manifest['model']['id']!r})")
         own = {name: bits for name, bits in masks.bits.items() if name != NEUTRAL}
         try:
-            model.add(PersonaMasks(masks.shapes, own, masks.manifest))
+            together |= PersonaMasks(masks.shapes, own)
         except ValueError as error:
             raise UserError(f"--other-runs: {run} cannot be added ({error})") from error
         opponents = masks.manifest["personas"]["opponents"]
         added |= {name: opponents.get(name, "") for name in own}
+    if added:
+        # All at once: each time the layers' masks are put side by side anew.
+        model.add(PersonaMasks(together.shapes, {name: together.bits[name] for name in added}))
     return added
 
 

@@ -36,8 +36,9 @@ def study(config: StudyConfig) -> list[Any]:
         make(cell, shlex.split(config.calibrate), shlex.split(config.evaluate), keep_masks=config.keep_masks)
     if config.others:
         cross(cells, shlex.split(config.evaluate))
-    files = [(cell, file) for cell in cells for file in (cell.evaluation, cell.others)]
-    evaluations = [(cell, read_evaluation(file)) for cell, file in files if file == cell.evaluation or file.exists()]
+    files = [(cell, cell.evaluation) for cell in cells]
+    files += [(cell, cell.others) for cell in cells if cell.others.exists()]
+    evaluations = [(cell, read_evaluation(file)) for cell, file in files]
     rows = [row for cell, evaluation in evaluations for row in rows_of(cell, evaluation)]
     means = means_of(rows)
     print_study(rows, means)

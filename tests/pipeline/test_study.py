@@ -85,9 +85,11 @@ def test_every_set_under_the_masks_of_the_others(ground, tmp_path, capsys):
     assert own == {"own mask", "random mask", "other mask: left", "other mask: fore"}
 
 
-def test_others_need_masks_that_are_kept():
+def test_what_others_need():
     with pytest.raises(UserError, match="--others needs the masks"):
         StudyConfig("out", others=True, keep_masks=False)
+    with pytest.raises(UserError, match="--others needs several --sets"):
+        StudyConfig("out", others=True, sets="up/down=x.csv")
 
 
 def test_rows_are_the_evaluations(made):
