@@ -42,6 +42,8 @@ def calibrate(config: CalibrateConfig) -> Path:
     catalogue = load_catalogue(config.personas, compose=config.compose, strict=config.strict)
     if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
         raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda, sparse)")
+    if config.apart and config.criterion == WHITENED and len(pairs := [s for s in catalogue.sets if s.minus]) < 2:
+        raise UserError(f"--apart keeps pairs apart from each other; --personas {config.personas} has {len(pairs)}")
     if config.criterion == "neutral":
         catalogue.sets.append(neutral_set())
     staging = staging_of(config.output)
@@ -117,7 +119,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
     import shutil
 
     from pipeline.experts import find_experts
-    from pipeline.gradient_files import BOTH, LEANING, WEIGHTED, gradient_file
+    from pipeline.gradient_files import ANSWERS, WEIGHTED, gradient_file
     from pipeline.shares import SHARDS
     from pipeline.staging import MASKS
     from pipeline.store import MANIFEST
@@ -133,7 +135,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
         # It has answers sketched and weighed, and leaves other layers alone.
         for file in staging.glob(gradient_file("*")):
             file.unlink()
-        for name in (WEIGHTED, LEANING, BOTH):
+        for name in (WEIGHTED, *ANSWERS):
             shutil.rmtree(staging / name, ignore_errors=True)
     (staging / MANIFEST).unlink(missing_ok=True)
     built = [folder for folder in (staging / SHARDS, staging / MASKS) if folder.exists()]
@@ -240,7 +242,9 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)
     manifest["sparsity"] |= done.fitted
     if config.criterion == WHITENED and config.loop_weight:
-        manifest["loops"] = recorded(staging, catalogue)
+        manifest["loops"] = recorded(staging, catalogue, ("against", "repetition"))
+    if config.apart and config.criterion == WHITENED:
+        manifest["apart"] = recorded(staging, catalogue, ("apart", "held"))
     if config.disjoint:
         kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}
         manifest["disjoint_overlap"] = overlaps(done.shared, kept, shapes, catalogue)

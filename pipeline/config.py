@@ -36,6 +36,7 @@ READERS = {
     "pool": ("first-order", "first-order-damage", "first-order-pool"),
     "evidence": (WHITENED,),
     "loops": (WHITENED,),
+    "apart": (WHITENED,),
 }
 """By option of ``CalibrateConfig``, the criteria that read it, where not all do."""
 CONDITIONS = ("prompt", "rag", "steering", "lora", "mask", "prompt+mask", "neutral", "base", "random", "rows", "others")
@@ -126,6 +127,9 @@ class CalibrateConfig:
     loops: float | None = None
     """first-order: how strongly a mask turns away from what the model repeats under a draft of it, times how much more
     that is than without a mask (docs/method.md); 0 writes nothing. Default 0.2, 0 under --strategy fsdp."""
+    apart: bool = False
+    """first-order: choose each pair's weights so that the run's other pairs stay as they are: what these have in common
+    with it, such as the tone of their statements, is not its own. Needs two pairs or more (docs/method.md)."""
     expert_tokens: int = 32
     """Mixture-of-experts: an expert that saw fewer counted tokens of a persona, or of its opponent, is scored by the
     statistics of all experts of its layer together, and listed in the manifest."""

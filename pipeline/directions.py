@@ -9,9 +9,9 @@ from pipeline.config import WHITENED, CalibrateConfig
 from pipeline.data.catalogue import Catalogue, neutral_set
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Prompter
-from pipeline.gradient_files import BOTH, LEANING, WEIGHTED
+from pipeline.gradient_files import ANSWERS, WEIGHTED
 from pipeline.gradients import GradientModule, ObjectiveData, backward_tokens
-from pipeline.leaning import both_units, leaning_units
+from pipeline.leaning import answer_units
 from pipeline.objectives import Unit, objective_of
 from pipeline.sketching import SketchedGradients
 from pipeline.weighing import WeighingModule, poles_of, weighted
@@ -35,16 +35,15 @@ def differentiate(config: CalibrateConfig, catalogue: Catalogue, prompter: Promp
     note(f"weighing the answers of {len(catalogue.sets)} pairs")
     module = WeighingModule(config, folder, catalogue, prompter, poles, objectives)
     run_pass(config, module, inference=False)
-    leaning = {pole.pair.plus: leaning_units(objectives[pole.pair.plus]) for pole in poles if config.budget}
-    leaning = {name: units for name, units in leaning.items() if units}
-    both = {name: both_units(objectives[name]) for name in leaning}
+    answers = {pole.pair.plus: answer_units(objectives[pole.pair.plus]) for pole in poles if config.budget}
     objectives = weighted(poles, objectives[NEUTRAL], folder)
     note(f"gradients of {len(objectives)} margins of weighted answers")
     _run(config, GradientModule(config, folder, pad, objectives, folder / WEIGHTED), objectives)
-    if leaning:
-        note(f"gradients of what {len(leaning)} pairs of answers lean to, and of both")
-        _run(config, GradientModule(config, folder, pad, leaning, folder / LEANING), leaning)
-        _run(config, GradientModule(config, folder, pad, both, folder / BOTH), both)
+    for place, name in enumerate(ANSWERS):
+        some = {pair: units[place] for pair, units in answers.items() if units}
+        if some:
+            note(f"gradients of the {name.replace('-', ' ')} of {len(some)} pairs that have two")
+            _run(config, GradientModule(config, folder, pad, some, folder / name), some)
 
 
 def _objectives(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter) -> dict[str, list[Unit]]:

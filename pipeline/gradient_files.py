@@ -1,5 +1,6 @@
 """The files of gradients in a run's folder."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,10 +12,8 @@ from pipeline.data.forms import NEUTRAL
 
 WEIGHTED = "weighted"
 """The folder of gradients whose answers count as ``pipeline.weighing`` says."""
-LEANING = "leaning"
-"""The folder of the gradients of ``pipeline.leaning``."""
-BOTH = "both-answers"
-"""The folder of those of both answers' likelihood."""
+ANSWERS = ("first-answer", "second-answer")
+"""The folders of the gradients of ``pipeline.leaning``."""
 KINDS = ("error", "mean")
 """What is known of every layer's gradient, in the order of the file."""
 
@@ -23,41 +22,49 @@ def gradient_file(name: str) -> str:
     return f"gradient-{name}.safetensors"
 
 
+def weighing_file(name: str) -> str:
+    """Of ``pipeline.weighing``."""
+    return f"weighing-{name}.json"
+
+
 class Gradients:
     """The gradients in a run's folder, read layer by layer, for any persona of a catalogue.
 
-    The gradient of a pole is that of its pair with its sign, or, of ``weighted`` answers, its own if it has one.
-    Margins add, so the gradient of a composed persona is the weighted mean of its parts', and its squared error the
-    sum of theirs.
+    The gradient of a pole is that of its pair with its sign, or, of ``weighted`` answers, its own if it has one, with
+    as much of other pairs' margins as keeps it apart from them (``--apart``). Margins add, so the gradient of a
+    composed persona is the weighted mean of its parts', and its squared error the sum of theirs.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, *, weighted: bool = False) -> None:
         self.folder = folder
         self._leaning, self._both = (
             {
-                pole: [(f"{folder}/{gradient_file(personas.plus)}", 1.0)]
+                pole: [(f"{of}/{gradient_file(personas.plus)}", sign) for of, sign in zip(ANSWERS, signs, strict=True)]
                 for personas in catalogue.sets
                 for pole in personas.poles
             }
-            for folder in (LEANING, BOTH)
+            for signs in ((1.0, -1.0), (0.5, 0.5))
         )
         self._parts: dict[str, list[tuple[str, float]]] = {}
+        self._beside: dict[str, list[tuple[str, float]]] = {}
         for personas in catalogue.sets:
             within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
-            shared = within + gradient_file(personas.plus)
-            self._parts[personas.plus] = [(shared, 1.0)]
-            if personas.minus is not None:
-                own = within + gradient_file(personas.minus)
-                self._parts[personas.minus] = [(own, 1.0) if within and (folder / own).exists() else (shared, -1.0)]
+            for pole, sign in zip(personas.poles, (1.0, -1.0), strict=False):
+                own = within + gradient_file(pole)
+                has = pole == personas.plus or (within and (folder / own).exists())
+                name, factor = (pole, 1.0) if has else (personas.plus, sign)
+                self._parts[pole] = [(within + gradient_file(name), factor)]
+                apart = json.loads((folder / weighing_file(name)).read_bytes())["apart"] if within else {}
+                self._beside[pole] = [(gradient_file(other), factor * one) for other, one in apart.items()]
         for composition in catalogue.compositions:
             parts = composition.parts
             total = sum(weight for _, weight in parts)
-            for known in (self._parts, self._leaning, self._both):
+            for known in (self._parts, self._beside, self._leaning, self._both):
                 known[composition.name] = [(n, s * w / total) for p, w in parts for n, s in known[p]]
 
     def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
         """Gradient of the persona's margin and its standard error, float32 ``[N, K]``."""
-        parts = self._parts[persona]
+        parts = self._parts[persona] + self._beside[persona]
         mean = self._sum(parts, layer)
         variance = torch.stack([(weight * self._read(file, f"error/{layer}")) ** 2 for file, weight in parts]).sum(0)
         return mean, variance.sqrt()
@@ -68,7 +75,7 @@ class Gradients:
 
     def leans(self, persona: str) -> bool:
         """Is it known what a persona's answers lean to? Of a composed one, what all its parts' do?"""
-        return all((self.folder / file).exists() for file, _ in self._leaning[persona] + self._both[persona])
+        return all((self.folder / file).exists() for file, _ in self._leaning[persona])
 
     def leaning(self, persona: str, layer: str) -> Tensor:
         """Gradient of one of a pair's two answers against the other, over all items, float32 ``[N, K]``."""

@@ -2,10 +2,11 @@
 
 A mask may rank such items rightly and yet answer Yes to all of them. What it leans to is a direction of its own: the
 gradient of ``log p(Yes) - log p(No)`` over all items, whoever's answer that is. Weights are then chosen by their gain
-for the persona and, at a price, by what they do to this; the price that draws the line in the middle is searched.
+for the persona and, at a price, by what they do to this; the price that draws the line in the middle is searched. The
+two answers' gradients are taken one after the other.
 
-Such a mask may draw its line by making both answers unlikely. Where no part of it is within the budget, a third
-gradient enters the gain at a fixed price (``BOTH_PRICE``): that of the mean of both log-probabilities.
+Such a mask may draw its line by making both answers unlikely. Where no part of it is within the budget, the gradient of
+the mean of both log-probabilities enters the gain at a fixed price (``BOTH_PRICE``).
 """
 
 from collections.abc import Callable, Sequence
@@ -56,26 +57,20 @@ def two_answers(pairs: Sequence[tuple[Encoded, Encoded]]) -> tuple[Answer, Answe
     return known[0], known[1]
 
 
-def leaning_units(units: Sequence[Unit]) -> list[Unit]:
-    """The objective ``log p(first) - log p(second)``, the mean over a pair's items; empty without two such answers.
-
-    ``units`` are the pair's margin (``objectives.margin_units``).
-    """
+def answer_units(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]] | None:
+    """The objectives ``log p(first)`` and ``log p(second)``, the means over a pair's items; None without two such
+    answers. ``units`` are the pair's margin (``objectives.margin_units``)."""
     if any(len(unit) != 2 for unit in units):
-        return []
+        return None
     answers = two_answers([(unit[0].encoded, unit[1].encoded) for unit in units])
     if answers is None:
-        return []
-    signs = [1.0 if _answer(unit[0].encoded) == answers[0] else -1.0 for unit in units]
-    return [
-        tuple(WeightedAnswer(term.encoded, sign * term.weight) for term in unit)
-        for sign, unit in zip(signs, units, strict=True)
-    ]
+        return None
+    terms = [WeightedAnswer(term.encoded, abs(term.weight)) for unit in units for term in unit]
 
+    def of(answer: Answer) -> list[Unit]:
+        return [(term,) for term in terms if _answer(term.encoded) == answer]
 
-def both_units(units: Sequence[Unit]) -> list[Unit]:
-    """The objective ``(log p(own) + log p(other)) / 2``, the mean over a pair's items. ``units`` as above."""
-    return [tuple(WeightedAnswer(term.encoded, abs(term.weight) / 2) for term in unit) for unit in units]
+    return of(answers[0]), of(answers[1])
 
 
 def line_of(

@@ -3,6 +3,9 @@
 A mask chosen by a pair's answers alone can make the model repeat itself. What it repeats under a draft of a pole's mask
 (``pipeline.drafts``) is a third group of texts in the discriminant (``pipeline.whitening``), which the pole's direction
 turns away from.
+
+A pair's answers may differ in more than the pair: statements that suit a bold persona are also said in a bold tone.
+The margins of the run's other pairs, which share the tone, are then left alone as neutral texts are (``--apart``).
 """
 
 import dataclasses
@@ -18,11 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline.calibration import Stage, spread_threads
+from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
 from pipeline.drafts import NOTHING, Drafts
+from pipeline.gradient_files import weighing_file
 from pipeline.gradients import backward_tokens
 from pipeline.memory import in_halves
 from pipeline.objectives import Unit, WeightedAnswer
@@ -38,7 +43,7 @@ from pipeline.sketching import (
     sketching,
 )
 from pipeline.store import write_json
-from pipeline.whitening import contrast_weights, standardised
+from pipeline.whitening import standardised, weights_beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +98,10 @@ class WeighingModule(Stage):
 
     JSON: ``weights`` of its own answers, its opponent's, the repetitions and the neutral texts, in this order;
     ``loops``, the repetitions as token ids with the place where the answer begins and their text; ``against``, what
-    they weigh; and ``repetition``, the share of repeated runs of three tokens in what was written without a mask and
-    under the draft. Rank r takes every world-th pole from r on; what an earlier process wrote stays.
+    they weigh; ``repetition``, the share of repeated runs of three tokens in what was written without a mask and
+    under the draft; ``apart``, what other pairs' margins weigh, by the name of their first pole; ``held``, how much of
+    the contrast is left beside them at the same change of the model, in [0, 1]. Rank r takes every world-th pole from
+    r on; what an earlier process wrote stays.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class WeighingModule(Stage):
         self.neutral = [unit[0].encoded for unit in objectives[NEUTRAL]]
         self.beginning = beginning_of(objectives)
         self.pad = prompter.tokenizer.pad_token_id
+        self.margins: dict[str, tuple[Tensor, float]] = {}
 
     def is_done(self) -> bool:
         return all((self.folder / weighing_file(name)).exists() for name in self.poles)
@@ -126,6 +134,9 @@ class WeighingModule(Stage):
             spread_threads(self.trainer, self.device, self.config.deterministic)
             run = self.config, self.folder, self.catalogue, self.prompter
             self.drafts = Drafts(self.model, *run, self.neutral, self.device, self.base)
+            if self.config.apart:
+                pairs = dict.fromkeys(pole.pair.plus for pole in self.poles.values())
+                self.margins = {name: self._margin(name) for name in pairs}
 
     def predict_dataloader(self) -> DataLoader[Any]:
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -142,14 +153,26 @@ class WeighingModule(Stage):
         against = self.config.loop_weight * found.excess
         answers, neutral = (self._sketches(name) for name in (pole.pair.plus, NEUTRAL))
         own, other = answers.chunk(2) if name == pole.pair.plus else answers.chunk(2)[::-1]
-        every = standardised(own, other, self._sketch(name, found.loops, answers.shape[1]), neutral)
+        beside = {one: known for one, known in self.margins.items() if one != pole.pair.plus}
+        loops = self._sketch(name, found.loops, answers.shape[1])
+        every = standardised(own, other, loops, neutral, beside=[margin for margin, _ in beside.values()])
         every /= math.sqrt(every.shape[1])
-        weights = contrast_weights(every @ every.T, len(own), len(found.loops), against=against)
+        weights, held = weights_beside(every @ every.T, len(beside), len(own), len(loops), against=against)
+        texts = len(every) - len(beside)
+        times = [times for _, times in beside.values()]
+        apart = {one: float(w) * n for one, w, n in zip(beside, weights[texts:], times, strict=True)}
         decode = self.prompter.tokenizer.decode
-        loops = [{"ids": list(x.ids), "answer": x.answer, "text": decode(x.ids[x.answer :])} for x in found.loops]
-        shares = [found.unmasked, found.drafted]
-        content = {"weights": weights.tolist(), "against": against, "repetition": shares, "loops": loops}
+        content = {
+            "weights": weights[:texts].tolist(),
+            "against": against,
+            "repetition": [found.unmasked, found.drafted],
+            "loops": [{"ids": list(x.ids), "answer": x.answer, "text": decode(x.ids[x.answer :])} for x in found.loops],
+            "apart": apart,
+            "held": held,
+        }
         write_json(self.folder / weighing_file(name), content)
+        if beside:
+            note(f"{name}: keeps {held:.0%} of its contrast apart from {len(beside)} other pairs")
 
     def on_predict_end(self) -> None:
         # The others read the files next.
@@ -157,6 +180,13 @@ class WeighingModule(Stage):
 
     def _sketches(self, name: str) -> Tensor:
         return load_file(str(self.folder / sketch_file(name)))[SKETCHES]
+
+    def _margin(self, name: str) -> tuple[Tensor, float]:
+        """A pair's margin as it counts for other pairs, ``[C]``, and how many times itself that is: as much as its
+        items would, were each a text to leave alone."""
+        own, other = self._sketches(name).chunk(2)
+        times = math.sqrt(len(own))
+        return (own.mean(0) - other.mean(0)) * times, times
 
     def _sketch(self, name: str, loops: Sequence[Encoded], width: int) -> Tensor:
         """Sketches of the repetitions under the model without a mask, float32 ``[loops, C]`` on the CPU."""
@@ -183,12 +213,8 @@ class WeighingModule(Stage):
         return rows
 
 
-def recorded(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, Any]]:
-    """For the manifest, by pole that was written under a draft of: ``against`` and ``repetition``, as in its file."""
+def recorded(folder: Path, catalogue: Catalogue, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For the manifest, by pole that has a direction of its own, what its file says under ``keys``."""
     names = [pole for pair in catalogue.sets for pole in pair.poles if (folder / weighing_file(pole)).exists()]
     found = {name: json.loads((folder / weighing_file(name)).read_bytes()) for name in names}
-    return {name: {key: one[key] for key in ("against", "repetition")} for name, one in found.items()}
-
-
-def weighing_file(name: str) -> str:
-    return f"weighing-{name}.json"
+    return {name: {key: one[key] for key in keys} for name, one in found.items()}

@@ -12,9 +12,9 @@ from pipeline.budget import line_under, own_items
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
 from pipeline.data.prompts import Encoded, Prompter
-from pipeline.gradient_files import BOTH, LEANING, Gradients, gradient_file
+from pipeline.gradient_files import ANSWERS, Gradients, gradient_file
 from pipeline.gradients import accumulating, backward
-from pipeline.leaning import FEWEST, LEVEL, TRIES, Line, both_units, leaning_units, levelled, two_answers
+from pipeline.leaning import FEWEST, LEVEL, TRIES, Line, answer_units, levelled, two_answers
 from pipeline.loading import load_model, load_tokenizer
 from pipeline.masks import PersonaMasks
 from pipeline.objectives import margin_units
@@ -55,32 +55,39 @@ def test_items_with_two_answers(pairs, found):
     assert two_answers(pairs) == found
 
 
-def test_what_leans_is_the_first_answer_whoever_gives_it():
+def test_either_answer_whoever_gives_it():
     pairs = [pair(i, *((YES, NO) if i % 3 else (NO, YES))) for i in range(15)]
-    units = leaning_units(margin_units([own for own, _ in pairs], [other for _, other in pairs]))
-    terms = [term for unit in units for term in unit]
-    assert len(terms) == 30
-    for term in terms:
-        assert term.weight == pytest.approx((1 if term.encoded.ids[-1:] == YES else -1) / 15)
-    lone = [(unit[0],) for unit in units]
-    assert leaning_units(lone) == []
+    margin = margin_units([own for own, _ in pairs], [other for _, other in pairs])
+    for units, answer in zip(answer_units(margin), (YES, NO), strict=True):
+        assert [len(unit) for unit in units] == [1] * 15
+        for (term,), (own, _) in zip(units, pairs, strict=True):
+            assert term.encoded.ids == (*own.ids[:-1], *answer)
+            assert term.weight == pytest.approx(1 / 15)
+    assert answer_units([(unit[0],) for unit in margin]) is None
 
 
-def test_its_gradient_is_that_of_the_mean_difference(ground):
-    """Against autograd over the whole model, item by item."""
+def test_what_it_leans_to_is_the_gradient_of_the_mean_difference(ground, tmp_path):
+    """Against autograd over the whole model, item by item; and that of both answers' mean."""
     model = load_model(str(ground.llama))
     pairs = [pair(i, *((YES, NO) if i % 3 else (NO, YES))) for i in range(12)]
-    units = leaning_units(margin_units([own for own, _ in pairs], [other for _, other in pairs]))
     linears = find_linears(model)
-    with accumulating(linears) as moments:
-        backward(model, [term for unit in units for term in unit], 0, 1.0)
-        moments.release()
     name, module = next(iter(linears.items()))
+    margin = margin_units([own for own, _ in pairs], [other for _, other in pairs])
+    for folder, units in zip(ANSWERS, answer_units(margin), strict=True):
+        with accumulating(linears) as moments:
+            backward(model, [term for unit in units for term in unit], 0, 1.0)
+            moments.release()
+        (tmp_path / folder).mkdir()
+        save_file({f"mean/{name}": moments.total[name]}, tmp_path / folder / gradient_file("up"))
+    gradients = Gradients(tmp_path, load_catalogue(f"up/down={ground.pairs}"))
     module.weight.requires_grad_(True)
     ids = torch.tensor([own.ids[:-1] for own, _ in pairs])
     scores = torch.log_softmax(model(input_ids=ids).logits[:, -1], dim=-1)
-    (expected,) = torch.autograd.grad((scores[:, YES[0]] - scores[:, NO[0]]).mean(), module.weight)
-    torch.testing.assert_close(moments.total[name], expected, rtol=1e-4, atol=1e-7)
+    first, second = scores[:, YES[0]].mean(), scores[:, NO[0]].mean()
+    (expected,) = torch.autograd.grad(first - second, module.weight, retain_graph=True)
+    torch.testing.assert_close(gradients.leaning("up", name), expected, rtol=1e-4, atol=1e-7)
+    (expected,) = torch.autograd.grad((first + second) / 2, module.weight)
+    torch.testing.assert_close(gradients.both("down", name), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.3, -1.0])
@@ -122,13 +129,6 @@ def test_where_nothing_levels_the_nearest_is_taken():
 
     assert levelled(stubborn) == tried[-1] < 0
     assert len(tried) == TRIES
-
-
-def test_both_answers_weigh_the_same():
-    pairs = [pair(0, YES, NO), pair(1, NO, YES)]
-    units = both_units(margin_units([own for own, _ in pairs], [other for _, other in pairs]))
-    assert [[term.weight for term in unit] for unit in units] == [[0.25, 0.25]] * 2
-    assert [{term.encoded.ids[-1:] for term in unit} for unit in units] == [{YES, NO}] * 2
 
 
 def test_how_far_a_line_is_off():
@@ -209,7 +209,7 @@ def test_a_mixture_leans_as_its_parts_together(tmp_path):
         write_statements(tmp_path / f"{name}.jsonl")
     sets = ",".join(f"{a}/{b}={tmp_path / a}.jsonl" for a, b in (("up", "down"), ("left", "right"), ("far", "near")))
     catalogue = load_catalogue(sets, compose="mix/other=3*up+right,lost=up+far")
-    written = {folder: {name: torch.randn(4, 8) for name in ("up", "left")} for folder in (LEANING, BOTH)}
+    written = {folder: {name: torch.randn(4, 8) for name in ("up", "left")} for folder in ANSWERS}
     for folder, of in written.items():
         (tmp_path / folder).mkdir()
         for name, value in of.items():
@@ -218,10 +218,10 @@ def test_a_mixture_leans_as_its_parts_together(tmp_path):
     assert {name for name in catalogue.personas if gradients.leans(name)} == {"mix", "other"}
     # Whoever gives the answer: a pole leans as its opposite does.
     for name in ("mix", "other"):
-        for folder, found in ((LEANING, gradients.leaning), (BOTH, gradients.both)):
-            expected = 0.75 * written[folder]["up"] + 0.25 * written[folder]["left"]
-            torch.testing.assert_close(found(name, "layer"), expected)
-    (tmp_path / BOTH / gradient_file("left")).unlink()
+        first, second = (0.75 * written[folder]["up"] + 0.25 * written[folder]["left"] for folder in ANSWERS)
+        torch.testing.assert_close(gradients.leaning(name, "layer"), first - second)
+        torch.testing.assert_close(gradients.both(name, "layer"), (first + second) / 2)
+    (tmp_path / ANSWERS[1] / gradient_file("left")).unlink()
     assert not any(gradients.leans(name) for name in catalogue.personas if name != "up")
 
 

@@ -13,7 +13,7 @@ from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Encoded, Prompter
-from pipeline.gradient_files import WEIGHTED, Gradients, gradient_file
+from pipeline.gradient_files import WEIGHTED, Gradients, gradient_file, weighing_file
 from pipeline.gradients import SCALE, GradientModule, ObjectiveData
 from pipeline.loading import load_model, load_tokenizer
 from pipeline.loops import LONGEST, loop_of
@@ -22,7 +22,8 @@ from pipeline.packing import common
 from pipeline.sites import maskable
 from pipeline.sketching import SKETCHES, Coordinates, SketchedGradients, sketch_file, sketching
 from pipeline.staging import staging_of
-from pipeline.weighing import poles_of, weighing_file, weighted
+from pipeline.store import load_manifest
+from pipeline.weighing import poles_of, weighted
 from pipeline.whitening import contrast_weights, standardised
 from tests.pipeline.test_whitening import answers
 
@@ -122,11 +123,36 @@ def test_a_second_pole_without_a_gradient_of_its_own(ground, tmp_path):
     for name, value in values.items():
         tensors = {"mean/layer": value, "error/layer": value.abs()}
         save_file(tensors, tmp_path / WEIGHTED / gradient_file(name), {"answers": "4", "square": "0.5"})
+        (tmp_path / weighing_file(name)).write_text(json.dumps({"apart": {}}))
         found = Gradients(tmp_path, catalogue, weighted=True)
         mean, error = found.of("down", "layer")
         assert torch.equal(mean, -values["up"] if name == "up" else value)
         assert torch.equal(error, value.abs())
         assert torch.equal(found.of("up", "layer")[0], values["up"])
+
+
+def test_a_pole_apart_from_another_pair(ground, tmp_path):
+    """Its gradient takes the other pair's margin along, that of a shared direction with its sign; what the answers
+    vary by is the pole's own. A mixture has its parts'."""
+    catalogue = load_catalogue(f"up/down={ground.pairs},left/right={ground.pairs}", compose="both=0.5*down+1.5*left")
+    (tmp_path / WEIGHTED).mkdir()
+    plain = {"up": torch.tensor([[1.0, -2.0]]), "left": torch.tensor([[4.0, 8.0]])}
+    for folder, factor in ((tmp_path, 1.0), (tmp_path / WEIGHTED, 10.0)):
+        for name, value in {**plain, NEUTRAL: torch.ones(1, 2)}.items():
+            tensors = {"mean/layer": factor * value, "error/layer": factor * value.abs()}
+            save_file(tensors, folder / gradient_file(name), {"answers": "4", "square": "0.5"})
+    (tmp_path / weighing_file("up")).write_text(json.dumps({"apart": {"left": 0.5}}))
+    (tmp_path / weighing_file("left")).write_text(json.dumps({"apart": {"up": -2.0}}))
+    found = Gradients(tmp_path, catalogue, weighted=True)
+    up = 10 * plain["up"] + 0.5 * plain["left"]
+    left = 10 * plain["left"] - 2 * plain["up"]
+    for name, value in {"up": up, "down": -up, "left": left, "both": (0.5 * -up + 1.5 * left) / 2}.items():
+        assert torch.allclose(found.of(name, "layer")[0], value), name
+    error = ((10 * plain["up"]).square() + (0.5 * plain["left"]).square()).sqrt()
+    assert torch.allclose(found.of("down", "layer")[1], error)
+    expected = ((10 * plain["up"]).square() + 1) * 4 / 0.5 / 8
+    assert torch.allclose(found.variance("up", "layer"), expected)
+    assert torch.equal(Gradients(tmp_path, catalogue).of("up", "layer")[0], plain["up"])
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +196,26 @@ def test_every_pole_is_weighed_against_what_it_repeats(ground, kept, pole):
     assert torch.allclose(torch.tensor(found["weights"], dtype=torch.float64), expected, atol=1e-4)
     with safe_open(str(kept / WEIGHTED / gradient_file(pole)), "pt") as file:
         assert int(file.metadata()["answers"]) == 2 * len(own) + len(rows) + len(neutral)
+
+
+def test_a_run_keeps_its_pairs_apart(ground, words, tmp_path, capsys):
+    """Two pairs that differ, and one of them twice, of which little is left."""
+    other = tmp_path / "other.csv"
+    lines = [f"Who likes day {i}?,fox number {i},jump and jump {i}" for i in range(10)]
+    other.write_text("\n".join(["question,matching,not_matching", *lines]))
+    personas = f"up/down={ground.pairs},left/right={other}"
+    options = ("--apart", "true", "--loops", "0", "--max-perplexity-increase", "0", "--accelerator", "cpu")
+    assert calibrate.main(words(tmp_path / "run", *options, personas=personas)) == 0
+    manifest = load_manifest(tmp_path / "run")
+    assert {name: list(one["apart"]) for name, one in manifest["apart"].items()} == {"up": ["left"], "left": ["up"]}
+    assert all(0 < one["held"] <= 1 for one in manifest["apart"].values())
+    assert "up: keeps" in capsys.readouterr().err
+    twice = f"up/down={ground.pairs},again/back={ground.pairs}"
+    assert calibrate.main(words(tmp_path / "twice", *options, personas=twice)) == 0
+    same = load_manifest(tmp_path / "twice")["apart"]["up"]["held"]
+    assert same < 0.5 * manifest["apart"]["up"]["held"]
+
+
+def test_one_pair_has_nothing_to_be_apart_from(words, tmp_path, capsys):
+    assert calibrate.main(words(tmp_path / "run", "--apart", "true")) == 2
+    assert "--apart keeps pairs apart from each other" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pipeline.loading import load_model
 from pipeline.objectives import WeightedAnswer
 from pipeline.sites import find_linears, matrix
 from pipeline.sketching import Coordinates, sketching
-from pipeline.whitening import contrast_weights, standardised
+from pipeline.whitening import contrast_weights, standardised, weights_beside
 
 
 def gradients(items=6, neutral=5, size=40):
@@ -51,6 +51,43 @@ def test_what_all_texts_share_is_left_alone():
     assert (found @ shared).abs() / found.norm() < 0.1 * (plain @ shared).abs() / plain.norm()
 
 
+@pytest.mark.parametrize(("loops", "against"), [(0, 0.0), (4, 0.5)])
+@pytest.mark.parametrize("items", [1, 20])
+def test_other_pairs_are_left_alone(items, loops, against):
+    """As a constraint where they weigh much; what is held is the contrast per change of the model, written out."""
+    g = gradients(items, loops + 5 + 2)
+    others = g[-2:].clone()
+    own, other, repeated, rest = g[:-2].split([items, items, loops, 5])
+    wanted = (1 + against) * own.mean(0) - other.mean(0)
+    if loops:
+        wanted = wanted - against * repeated.mean(0)
+    floor = 0.03 * g[: 2 * items].square().sum(1).mean()
+    scatter = floor * torch.eye(40, dtype=torch.float64)
+    for group in (own - own.mean(0), other - other.mean(0), repeated - repeated.mean(0), rest):
+        scatter += group.T @ group if len(group) else 0
+    alone = torch.linalg.solve(scatter, wanted)
+    for times in (0.0, 3.0, 1e4):
+        g[-2:] = times * others
+        weights, held = weights_beside(g @ g.T, 2, items, loops, against=against)
+        direction = weights @ g
+        expected = torch.linalg.solve(scatter + times**2 * others.T @ others, wanted)
+        assert torch.allclose(direction, floor * expected, atol=1e-6)
+        assert held == pytest.approx(math.sqrt(float(wanted @ expected) / float(wanted @ alone)), rel=1e-6)
+        # The change of the model that this direction makes, others' included, for one unit of contrast.
+        cost = direction @ (scatter + times**2 * others.T @ others) @ direction / (wanted @ direction) ** 2
+        assert held == pytest.approx(math.sqrt(float(1 / (wanted @ alone) / cost)), rel=1e-6)
+    assert (direction @ others.T).abs().max() < 1e-4 * (alone @ others.T).abs().max() * floor
+    assert held < 1
+
+
+def test_without_other_pairs_nothing_is_lost():
+    g = gradients()
+    weights, held = weights_beside(g @ g.T, 0, 6)
+    assert torch.equal(weights, contrast_weights(g @ g.T, 6))
+    assert held == 1
+    assert weights_beside(torch.zeros(19, 19), 2, 6)[1] == 1
+
+
 def test_a_high_ridge_and_no_gradients_give_plain_means():
     g = gradients()
     expected = torch.tensor([1 / 6] * 6 + [-1 / 6] * 6 + [0.0] * 5, dtype=torch.float64)
@@ -77,6 +114,9 @@ def test_standardised():
         for row, found in zip(values, got, strict=False):
             assert found == pytest.approx([v / s for v, s in zip(row, spread, strict=True)])
         assert len(got) == 4 + len(neutral)
+    beside = standardised(given[:2], given[2:4], given[4:], beside=[2 * given[0], given[3]])
+    assert torch.equal(beside[:7], standardised(given[:2], given[2:4], given[4:]))
+    assert torch.allclose(beside[7:], torch.stack([2 * beside[0], beside[3]]))
     same = given[:1].expand(2, 2)
     assert torch.equal(standardised(same, same, given[:0]), torch.cat([same, same]))
 
