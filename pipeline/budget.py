@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from pipeline.apart import margin_changes, vanishing
 from pipeline.building import build_masks
 from pipeline.cli import note
 from pipeline.config import CalibrateConfig
@@ -33,13 +36,14 @@ POWER = 1.8
 @dataclass(frozen=True)
 class Fitted:
     """A persona's masks, the factor on ``--sparsity`` that made them, their relative rise in perplexity, and the prices
-    of what they lean to and of both answers (``pipeline.leaning``)."""
+    of what they lean to and of both answers (``pipeline.leaning``) and of other pairs' margins (``pipeline.apart``)."""
 
     masks: PersonaMasks
     factor: Decimal
     increase: float
     price: float = 0.0
     both_price: float = 0.0
+    apart: dict[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -56,14 +60,19 @@ def fit(
     """One persona's masks within the budget, on top of ``base``; ``increase`` is ``rise``; ``line`` is
     ``line_under``, where it is known what the persona's answers lean to.
 
-    Masks that lean to one of two answers are levelled before their cost is measured; if nothing is within the budget
-    so, both answers get a price too. Where nothing is within the budget, UserError is raised if the user named it; the
+    For masks that are kept apart from other pairs, the prices of these come first, at the search's first factor. Masks
+    that lean to one of two answers are levelled before their cost is measured; if nothing is within the budget so, both
+    answers get a price too. Where nothing is within the budget, UserError is raised if the user named it; the
     default one takes the least and says so.
     """
     build = partial(build_masks, model, stats, catalogue, config, gradients, only=persona, base=base)
     named = config.max_perplexity_increase is not None
     prices: dict[Decimal, float] = {}
     both_price = 0.0
+    apart: dict[str, float] = {}
+    if gradients is not None and gradients.others[persona]:
+        apart = _unmoved(persona, gradients, build, model, base)
+        build = partial(build, apart=apart)
 
     def made(factor: Decimal) -> PersonaMasks:
         if line is None:
@@ -97,7 +106,23 @@ def fit(
         prices.clear()
         one = search(named)
     note(f"{persona}: removes {one.factor} of the sparsity")
-    return replace(one, price=prices.get(one.factor, 0.0), both_price=both_price)
+    return replace(one, price=prices.get(one.factor, 0.0), both_price=both_price, apart=apart)
+
+
+def _unmoved(
+    persona: str, gradients: Any, build: Callable[..., PersonaMasks], model: Any, base: Base | None
+) -> dict[str, float]:
+    """The prices of other pairs' margins at which the persona's masks leave them as they are, to first order."""
+    others = gradients.others[persona]
+
+    def changes(prices: Tensor) -> Tensor:
+        masks = build(factor=Decimal(FIRST) / STEPS, apart=dict(zip(others, prices.tolist(), strict=True)))
+        return margin_changes(masks, (persona, *others), model, gradients, base)
+
+    prices, found = vanishing(changes, len(others))
+    change = ", ".join(f"{other} {value:+.2f}" for other, value in zip(others, found[1:].tolist(), strict=True))
+    note(f"{persona}: to first order, its own margin changes by {found[0]:+.2f}, others' by {change}")
+    return dict(zip(others, prices.tolist(), strict=True))
 
 
 def largest_within(

@@ -65,13 +65,15 @@ def each_mask(
     base: Base | None = None,
     price: float = 0.0,
     both_price: float = 0.0,
+    apart: Mapping[str, float] | None = None,
 ) -> Iterator[LayerMask]:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
     Of all layers in turn, or of some; of a layer, of one persona after another. ``factor`` scales ``--sparsity``;
     ``base`` has pruned ``model``; what it removes stays removed, but for what ``first-order`` gives back. Nothing that
     was handed over is kept here, but for ``--disjoint`` the masks of the layer at work. ``price`` and
-    ``both_price``: what leaning to the first of two answers is worth, and both of them (``pipeline.leaning``).
+    ``both_price``: what leaning to the first of two answers is worth, and both of them (``pipeline.leaning``);
+    ``apart``: what other pairs' margins are (``pipeline.apart``).
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -110,7 +112,7 @@ def each_mask(
                 config.temperature,
                 config.seed,
                 None if taken is None else unpack_bits(taken, weight.shape[1]),
-                _slopes(gradients, persona, name, weight.device, price, both_price) if gradients else None,
+                _slopes(gradients, persona, name, weight.device, price, both_price, apart) if gradients else None,
                 config.pool,
                 config.evidence,
                 config.shift,
@@ -156,9 +158,15 @@ def shapes_of(
 
 
 def _slopes(
-    gradients: Gradients, persona: str, name: str, device: torch.device, price: float, both_price: float
+    gradients: Gradients,
+    persona: str,
+    name: str,
+    device: torch.device,
+    price: float,
+    both_price: float,
+    apart: Mapping[str, float] | None,
 ) -> Slopes:
-    margin, error = gradients.of(persona, name)
+    margin, error = gradients.of(persona, name, apart)
     known = margin, error, gradients.neutral(name), gradients.variance(persona, name)
     margin, error, neutral, variance = (tensor.to(device) for tensor in known)
     leaning = gradients.leaning(persona, name).to(device) if price else None

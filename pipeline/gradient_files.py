@@ -1,6 +1,7 @@
 """The files of gradients in a run's folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,29 +46,47 @@ class Gradients:
             }
             for signs in ((1.0, -1.0), (0.5, 0.5))
         )
+        self._plain: dict[str, list[tuple[str, float]]] = {}
         self._parts: dict[str, list[tuple[str, float]]] = {}
         self._beside: dict[str, list[tuple[str, float]]] = {}
+        self.others: dict[str, tuple[str, ...]] = {}
+        """By persona, the pairs that it is kept apart from, by their first pole."""
         for personas in catalogue.sets:
             within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
             for pole, sign in zip(personas.poles, (1.0, -1.0), strict=False):
+                self._plain[pole] = [(gradient_file(personas.plus), sign)]
                 own = within + gradient_file(pole)
                 has = pole == personas.plus or (within and (folder / own).exists())
                 name, factor = (pole, 1.0) if has else (personas.plus, sign)
                 self._parts[pole] = [(within + gradient_file(name), factor)]
                 apart = json.loads((folder / weighing_file(name)).read_bytes())["apart"] if within else {}
                 self._beside[pole] = [(gradient_file(other), factor * one) for other, one in apart.items()]
+                self.others[pole] = tuple(apart)
         for composition in catalogue.compositions:
             parts = composition.parts
             total = sum(weight for _, weight in parts)
-            for known in (self._parts, self._beside, self._leaning, self._both):
+            for known in (self._plain, self._parts, self._beside, self._leaning, self._both):
                 known[composition.name] = [(n, s * w / total) for p, w in parts for n, s in known[p]]
+            within_it = {one.plus for one in catalogue.sets for part, _ in parts if part in one.poles}
+            others = dict.fromkeys(other for part, _ in parts for other in self.others[part])
+            self.others[composition.name] = tuple(other for other in others if other not in within_it)
 
-    def of(self, persona: str, layer: str) -> tuple[Tensor, Tensor]:
-        """Gradient of the persona's margin and its standard error, float32 ``[N, K]``."""
-        parts = self._parts[persona] + self._beside[persona]
+    def of(self, persona: str, layer: str, prices: Mapping[str, float] | None = None) -> tuple[Tensor, Tensor]:
+        """Gradient of the persona's margin and its standard error, float32 ``[N, K]``; with those of other pairs at
+        ``prices``, by their first pole."""
+        # A file is read once.
+        weights: dict[str, float] = {}
+        priced = [(gradient_file(other), price) for other, price in (prices or {}).items()]
+        for file, weight in (*self._parts[persona], *self._beside[persona], *priced):
+            weights[file] = weights.get(file, 0.0) + weight
+        parts = list(weights.items())
         mean = self._sum(parts, layer)
         variance = torch.stack([(weight * self._read(file, f"error/{layer}")) ** 2 for file, weight in parts]).sum(0)
         return mean, variance.sqrt()
+
+    def margin(self, persona: str, layer: str) -> Tensor:
+        """Gradient of the persona's plain margin, all answers alike, float32 ``[N, K]``."""
+        return self._sum(self._plain[persona], layer)
 
     def neutral(self, layer: str) -> Tensor:
         """Gradient of the likelihood of neutral text, float32 ``[N, K]``."""

@@ -4,6 +4,7 @@ A piece is a layer with the masks of all personas; all experts in one parameter 
 searched (``--max-perplexity-increase``) it is a persona with the masks of all layers: the search needs the whole model.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -92,7 +93,7 @@ class BuildModule(Stage):
             leans = self.gradients is not None and self.gradients.leans(piece)
             one = fit(piece, *run, self.increase, weights.base, self.line(piece) if leans else None)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
-            found |= {"price": repr(one.price), "both_price": repr(one.both_price)}
+            found |= {"price": repr(one.price), "both_price": repr(one.both_price), "apart": json.dumps(one.apart)}
             write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
         else:
             self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=weights.base))
@@ -128,12 +129,12 @@ def layers_of(
 class Gathered:
     """For the manifest: the entries of the mask ``files`` by persona, and what else is known of them now.
 
-    ``fitted``: with a budget, every persona's ``factor``, ``perplexity_increase`` and ``price``; ``shared``: with
+    ``fitted``: with a budget, every persona's ``factor``, ``perplexity_increase`` and prices; ``shared``: with
     ``--disjoint``, how many of a second pole's weights the first keeps too.
     """
 
     files: dict[str, dict[str, Any]]
-    fitted: dict[str, dict[str, float]]
+    fitted: dict[str, dict[str, Any]]
     shared: dict[str, int]
 
 
@@ -159,6 +160,8 @@ def gather(
     if config.budget:
         for name in ("factor", "perplexity_increase", "price", "both_price"):
             done.fitted[name] = {p: float(Decimal(pieces.open(p).metadata()[name])) for p in catalogue.personas}
+        if config.apart and config.criterion == WHITENED:
+            done.fitted["apart"] = {p: json.loads(pieces.open(p).metadata()["apart"]) for p in catalogue.personas}
     return done
 
 
