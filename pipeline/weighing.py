@@ -45,6 +45,9 @@ from pipeline.sketching import (
 from pipeline.store import write_json
 from pipeline.whitening import standardised, weights_beside
 
+MUCH_THE_SAME = 0.5
+"""Pairs that leave less of a pole's contrast than this are asked about."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Pole:
@@ -172,7 +175,8 @@ class WeighingModule(Stage):
         }
         write_json(self.folder / weighing_file(name), content)
         if beside:
-            note(f"{name}: keeps {held:.0%} of its contrast apart from {len(beside)} other pairs")
+            much = "; is one of them the same persona?" if held < MUCH_THE_SAME else ""
+            note(f"{name}: keeps {held:.0%} of its contrast apart from {', '.join(beside)}{much}")
 
     def on_predict_end(self) -> None:
         # The others read the files next.

@@ -209,11 +209,15 @@ def test_a_run_keeps_its_pairs_apart(ground, words, tmp_path, capsys):
     manifest = load_manifest(tmp_path / "run")
     assert {name: list(one["apart"]) for name, one in manifest["apart"].items()} == {"up": ["left"], "left": ["up"]}
     assert all(0 < one["held"] <= 1 for one in manifest["apart"].values())
-    assert "up: keeps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "up: keeps" in said
+    assert "the same persona?" not in said
     twice = f"up/down={ground.pairs},again/back={ground.pairs}"
     assert calibrate.main(words(tmp_path / "twice", *options, personas=twice)) == 0
     same = load_manifest(tmp_path / "twice")["apart"]["up"]["held"]
-    assert same < 0.5 * manifest["apart"]["up"]["held"]
+    assert same < weighing.MUCH_THE_SAME < manifest["apart"]["up"]["held"]
+    assert "up: keeps" in (said := capsys.readouterr().err)
+    assert "apart from again; is one of them the same persona?" in said
 
 
 def test_one_pair_has_nothing_to_be_apart_from(words, tmp_path, capsys):
