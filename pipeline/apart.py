@@ -6,6 +6,7 @@ margin gets a price in the gain, as what two answers lean to does, and the price
 first-order changes of these margins vanish.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ def margin_changes(
 
 
 def vanishing(changes: Callable[[Tensor], Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` prices at which ``changes`` of the other margins vanish, or of what was tried are the smallest, and
-    the changes there.
+    """The ``count`` prices at which ``changes`` of the other margins vanish, or of what was tried are the smallest part
+    of the own margin's, and the changes there.
 
     ``changes(prices)`` are those of the own margin and of the others, ``[1 + count]``. Newton's steps, with slopes from
     one price raised at a time and then corrected by what each step showed (Broyden). Both float64.
@@ -50,6 +51,8 @@ def vanishing(changes: Callable[[Tensor], Tensor], count: int) -> tuple[Tensor, 
     prices = torch.zeros(count, dtype=torch.float64)
     found = changes(prices)
     best = prices, found
+    if _share(found) <= CLOSE:
+        return best
     slopes = torch.zeros(count, count, dtype=torch.float64)
     for place in range(count):
         # Against the change, so that the trial is a step in the right direction too.
@@ -57,7 +60,7 @@ def vanishing(changes: Callable[[Tensor], Tensor], count: int) -> tuple[Tensor, 
         step[place] = -STEP if found[1 + place] > 0 else STEP
         slopes[:, place] = (changes(step) - found)[1:] / step[place]
     for _ in range(ROUNDS):
-        if _largest(best[1]) <= CLOSE * abs(float(best[1][0])):
+        if _share(best[1]) <= CLOSE:
             break
         step = -torch.linalg.pinv(slopes, rtol=1e-3) @ found[1:]
         if not step.any():
@@ -65,10 +68,11 @@ def vanishing(changes: Callable[[Tensor], Tensor], count: int) -> tuple[Tensor, 
         before, prices = found, prices + step
         found = changes(prices)
         slopes += torch.outer((found - before)[1:] - slopes @ step, step) / step.square().sum()
-        if _largest(found) < _largest(best[1]):
+        if _share(found) < _share(best[1]):
             best = prices, found
     return best
 
 
-def _largest(changes: Tensor) -> float:
-    return float(changes[1:].abs().max())
+def _share(changes: Tensor) -> float:
+    """What part of the own margin's change the largest other one is; prices that leave the own none are no help."""
+    return float(changes[1:].abs().max() / changes[0]) if changes[0] > 0 else math.inf
