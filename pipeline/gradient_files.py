@@ -1,7 +1,8 @@
 """The files of gradients in a run's folder."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -81,8 +82,8 @@ class Gradients:
             weights[file] = weights.get(file, 0.0) + weight
         parts = list(weights.items())
         mean = self._sum(parts, layer)
-        variance = torch.stack([(weight * self._read(file, f"error/{layer}")) ** 2 for file, weight in parts]).sum(0)
-        return mean, variance.sqrt()
+        errors = [_times(self._read(file, f"error/{layer}"), abs(weight)) for file, weight in parts]
+        return mean, errors[0] if len(errors) == 1 else _added([error.square() for error in errors]).sqrt_()
 
     def margin(self, persona: str, layer: str) -> Tensor:
         """Gradient of the persona's plain margin, all answers alike, float32 ``[N, K]``."""
@@ -110,12 +111,12 @@ class Gradients:
         found, answers = [], 0
         for file in (*dict(self._parts[persona]), gradient_file(NEUTRAL)):
             count, square = self._weights(file)
-            found.append(self._read(file, f"error/{layer}").square_().mul_(count / square))
+            found.append(self._read(file, f"error/{layer}").square().mul_(count / square))
             answers += count
-        return torch.stack(found).sum(0) / answers
+        return _added(found).div_(answers)
 
     def _sum(self, parts: list[tuple[str, float]], layer: str) -> Tensor:
-        return torch.stack([weight * self._read(file, f"mean/{layer}") for file, weight in parts]).sum(0)
+        return _added([_times(self._read(file, f"mean/{layer}"), weight) for file, weight in parts])
 
     def _weights(self, name: str) -> tuple[int, float]:
         """An objective's number of answers, and the sum of the squares of their weights."""
@@ -124,5 +125,14 @@ class Gradients:
         return int(metadata["answers"]), float(metadata["square"])
 
     def _read(self, name: str, key: str) -> Tensor:
+        """Mapped from the file: to change it in place would copy it page by page, which takes longer than a copy."""
         with safe_open(str(self.folder / name), "pt") as file:
             return file.get_tensor(key)
+
+
+def _added(found: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, found)
+
+
+def _times(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1 else value * factor
