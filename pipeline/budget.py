@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.apart import margin_changes, vanishing
 from pipeline.building import build_masks
 from pipeline.cli import note
-from pipeline.config import CalibrateConfig
+from pipeline.config import WHITENED, CalibrateConfig
 from pipeline.data.catalogue import Catalogue, neutral_set
 from pipeline.data.forms import Item
 from pipeline.data.module import draw
@@ -73,6 +73,8 @@ def fit(
     if gradients is not None and gradients.others[persona]:
         apart = _unmoved(persona, gradients, build, model, base)
         build = partial(build, apart=apart)
+    if config.criterion == WHITENED:
+        build = partial(build, known={})
 
     def made(factor: Decimal) -> PersonaMasks:
         if line is None:

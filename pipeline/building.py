@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.ops.pack_bits import pack_bits, unpack_bits
 from pipeline.config import WHITENED, CalibrateConfig, Sparsity
-from pipeline.criteria import CRITERIA, Layer, Slopes
+from pipeline.criteria import CRITERIA, Choice, Layer, Slopes, choice
 from pipeline.data.catalogue import Catalogue
 from pipeline.errors import UserError
 from pipeline.gradient_files import Gradients
@@ -19,6 +19,9 @@ from pipeline.pooling import Pooled, compared
 from pipeline.sites import maskable, matrix
 from pipeline.stacking import Base
 from pipeline.stats import ActivationStats, ChannelStats
+
+KNOWN_BYTES = 2 << 30
+"""So much of what the masks of a search choose among stays in memory from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def each_mask(
     price: float = 0.0,
     both_price: float = 0.0,
     apart: Mapping[str, float] | None = None,
+    known: dict[str, Choice] | None = None,
 ) -> Iterator[LayerMask]:
     """Masks of all personas of the catalogue, or of ``only`` one; the first-order criteria need ``gradients``.
 
@@ -73,7 +77,8 @@ def each_mask(
     ``base`` has pruned ``model``; what it removes stays removed, but for what ``first-order`` gives back. Nothing that
     was handed over is kept here, but for ``--disjoint`` the masks of the layer at work. ``price`` and
     ``both_price``: what leaning to the first of two answers is worth, and both of them (``pipeline.leaning``);
-    ``apart``: what other pairs' margins are (``pipeline.apart``).
+    ``apart``: what other pairs' margins are (``pipeline.apart``). ``known``: by layer, what ``first-order`` chooses
+    among for this one persona at these margins; what is missing is put there, up to ``KNOWN_BYTES``.
     """
     stats = composed(stats, catalogue)
     criterion, sparsity = CRITERIA[config.criterion], Sparsity.parse(config.sparsity).scaled(factor)
@@ -89,6 +94,11 @@ def each_mask(
         weight = matrix(module)
         if widths[where[name]] != weight.shape[1]:
             raise UserError(f"layer {name} has {weight.shape[1]} inputs, the statistics have {widths[where[name]]}")
+        keep = sparsity.keep(name, weight.shape[1])
+        if known and name in known:
+            bits = known[name].bits(weight.shape[1] - keep, price, both_price)
+            yield LayerMask(name, (weight.shape[0], weight.shape[1]), personas[0], bits)
+            continue
         absent = below = None
         if base and name in base.masks.shapes:
             absent, below = base.absent(name).to(weight), base.kept(name).to(weight.device)
@@ -101,18 +111,24 @@ def each_mask(
                 if (one, few) not in channels:
                     channels[one, few] = pooled.of(one, name) if few else stats.channels(one, where[name])
             taken = before.get(opponent) if opponent else None
+            room = known is not None and sum(one.nbytes for one in known.values()) < KNOWN_BYTES
+            leans = room and gradients is not None and gradients.leans(persona)
+            slopes = None
+            if gradients:
+                also = leans or price != 0, leans or both_price != 0
+                slopes = _slopes(gradients, persona, name, weight.device, also, apart)
             layer = Layer(
                 name,
                 weight,
                 persona,
                 channels[measured, few],
                 channels[opponent, few] if opponent else None,
-                sparsity.keep(name, weight.shape[1]),
+                keep,
                 config.activation,
                 config.temperature,
                 config.seed,
                 None if taken is None else unpack_bits(taken, weight.shape[1]),
-                _slopes(gradients, persona, name, weight.device, price, both_price, apart) if gradients else None,
+                slopes,
                 config.pool,
                 config.evidence,
                 config.shift,
@@ -121,7 +137,11 @@ def each_mask(
                 price,
                 both_price,
             )
-            bits = criterion(layer)
+            if known is not None and room:
+                known[name] = choice(layer)
+                bits = known[name].bits(weight.shape[1] - keep, price, both_price)
+            else:
+                bits = criterion(layer)
             if below is not None and config.criterion != WHITENED:
                 bits = bits & pack_bits(below)
             if config.disjoint:
@@ -162,15 +182,15 @@ def _slopes(
     persona: str,
     name: str,
     device: torch.device,
-    price: float,
-    both_price: float,
+    also: tuple[bool, bool],
     apart: Mapping[str, float] | None,
 ) -> Slopes:
+    """``also``: is what the persona leans to asked for, and both answers?"""
     margin, error = gradients.of(persona, name, apart)
     known = margin, error, gradients.neutral(name), gradients.variance(persona, name)
     margin, error, neutral, variance = (tensor.to(device) for tensor in known)
-    leaning = gradients.leaning(persona, name).to(device) if price else None
-    both = gradients.both(persona, name).to(device) if both_price else None
+    leaning = gradients.leaning(persona, name).to(device) if also[0] else None
+    both = gradients.both(persona, name).to(device) if also[1] else None
     return Slopes(margin, error, neutral, variance, leaning, both)
 
 

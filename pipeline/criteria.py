@@ -145,36 +145,10 @@ def first_order(layer: Layer) -> Tensor:
     On a mask, what that has removed can be given back: the same change of a weight with the other sign, chosen by the
     same rule, and counted in the row's share.
     """
-    slopes = _slopes(layer)
-    # What each weight is changed by, with the sign of its removal.
-    weight = layer.weight if layer.absent is None else layer.weight - layer.absent
-    gain = scoring.first_order_gain(weight, slopes.margin)
-    change = scoring.first_order_gain(weight, slopes.neutral)
-    eligible = gain > layer.evidence * weight.float().abs() * slopes.error
-    if layer.pool < 1:
-        pool = least_important(layer.weight, _rms(layer), layer.pool)
-        eligible &= pool if layer.absent is None else pool | (layer.absent != 0)
-    if slopes.variance.any():
-        damage = scoring.likelihood_damage(weight, slopes.variance)
-    else:
-        damage = scoring.disturbance(weight, _rms(layer))
-
-    for price, slope in ((layer.price, slopes.leaning), (layer.both_price, slopes.both)):
-        if slope is not None:
-            gain = gain + price * scoring.first_order_gain(weight, slope)
-
-    found = _Candidates(eligible)
-    gain, change, damage = found.take(gain), found.take(change), found.take(damage)
-
-    def removed(price: float) -> Tensor:
-        worth = gain + price * change
-        return _best(scoring.gain_per_damage(worth, damage), found.given & (worth > 0), weight.shape[1] - layer.keep)
-
-    kept = found.kept(_balanced(removed, change))
-    return pack_bits(kept if layer.below is None else layer.below ^ ~kept)
+    return choice(layer).bits(layer.weight.shape[1] - layer.keep, layer.price, layer.both_price)
 
 
-class _Candidates:
+class Candidates:
     """The few eligible weights of a layer ``[N, K]``, moved together in every row ``[N, C]`` in the order of columns.
 
     Choosing among them is several times faster than among all. ``given`` is False where a row has fewer than C.
@@ -189,6 +163,11 @@ class _Candidates:
         self.given = torch.zeros(len(counts), width, dtype=torch.bool, device=eligible.device)
         self.given[self.rows, self.places] = True
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(one.nbytes for one in (self.rows, self.columns, self.places, self.given))
+
     def take(self, values: Tensor) -> Tensor:
         """The candidates' values; 0 in empty places."""
         result = values.new_zeros(self.given.shape)
@@ -200,6 +179,67 @@ class _Candidates:
         mask = torch.ones(self.shape, dtype=torch.bool, device=removed.device)
         mask[self.rows, self.columns] = ~removed[self.rows, self.places]
         return mask
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``first_order`` chooses among in a layer, for any number of weights and any prices.
+
+    Of the candidates the first-order changes of the margin (``gain``), of neutral text (``change``) and, where known,
+    of what is leaned to and of both answers, and the ``damage``, float32 ``[N, C]`` each. ``below`` as in ``Layer``.
+    """
+
+    candidates: Candidates
+    gain: Tensor
+    change: Tensor
+    damage: Tensor
+    leaning: Tensor | None
+    both: Tensor | None
+    below: Tensor | None
+
+    def bits(self, count: int, price: float = 0.0, both_price: float = 0.0) -> Tensor:
+        """The packed mask without up to ``count`` weights of each row, uint8 ``[N, ceil(K / 8)]``."""
+        gain = self.gain
+        for worth, values in ((price, self.leaning), (both_price, self.both)):
+            if worth and values is not None:
+                gain = gain + worth * values
+
+        def removed(neutral: float) -> Tensor:
+            worth = gain + neutral * self.change
+            eligible = self.candidates.given & (worth > 0)
+            return _best(scoring.gain_per_damage(worth, self.damage), eligible, count)
+
+        kept = self.candidates.kept(_balanced(removed, self.change))
+        return pack_bits(kept if self.below is None else self.below ^ ~kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        own = (self.gain, self.change, self.damage, self.leaning, self.both)
+        return self.candidates.nbytes + sum(values.nbytes for values in own if values is not None)
+
+
+def choice(layer: Layer) -> Choice:
+    """The candidates of ``first_order`` and what is known of them; ``keep`` and prices are not looked at."""
+    slopes = _slopes(layer)
+    # What each weight is changed by, with the sign of its removal.
+    weight = layer.weight if layer.absent is None else layer.weight - layer.absent
+    gain = scoring.first_order_gain(weight, slopes.margin)
+    eligible = gain > layer.evidence * weight.float().abs() * slopes.error
+    if layer.pool < 1:
+        pool = least_important(layer.weight, _rms(layer), layer.pool)
+        eligible &= pool if layer.absent is None else pool | (layer.absent != 0)
+    if slopes.variance.any():
+        damage = scoring.likelihood_damage(weight, slopes.variance)
+    else:
+        damage = scoring.disturbance(weight, _rms(layer))
+    found = Candidates(eligible)
+    change = found.take(scoring.first_order_gain(weight, slopes.neutral))
+    leaning, both = (
+        None if slope is None else found.take(scoring.first_order_gain(weight, slope))
+        for slope in (slopes.leaning, slopes.both)
+    )
+    return Choice(found, found.take(gain), change, found.take(damage), leaning, both, layer.below)
 
 
 def _balanced(removed: Callable[[float], Tensor], change: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def test_both_answers_count_where_nothing_levelled_fits(monkeypatch, capsys, wit
     """``without``: what masks cost as long as they do not."""
     built = []
 
-    def build(*_, only, base, factor, price, both_price):
+    def build(*_, only, base, factor, price, both_price, known):
         built.append(both_price)
         return SimpleNamespace(personas=[only], cost=0.01 if both_price else without, price=price)
 
