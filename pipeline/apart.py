@@ -18,7 +18,7 @@ from pipeline.masks import PersonaMasks
 from pipeline.sites import find_layers, matrix
 from pipeline.stacking import Base
 
-STEP, ROUNDS, CLOSE = 0.25, 4, 0.02
+STEP, ROUNDS, CLOSE = 0.05, 4, 0.02
 """The prices that are tried first, nats of the own margin for a nat of an other's; how often they are then corrected,
 at most; and what part of the own margin's change the others' may be at the end."""
 
