@@ -129,7 +129,8 @@ class CalibrateConfig:
     that is than without a mask (docs/method.md); 0 writes nothing. Default 0.2, 0 under --strategy fsdp."""
     apart: bool = False
     """first-order: choose each pair's weights so that the run's other pairs stay as they are: what these have in common
-    with it, such as the tone of their statements, is not its own. Needs two pairs or more (docs/method.md)."""
+    with it, such as the tone of their statements, is not its own. Needs two pairs or more; of no effect between sets of
+    longer answers (docs/method.md)."""
     expert_tokens: int = 32
     """Mixture-of-experts: an expert that saw fewer counted tokens of a persona, or of its opponent, is scored by the
     statistics of all experts of its layer together, and listed in the manifest."""
