@@ -138,8 +138,8 @@ def each_mask(
                 both_price,
             )
             if known is not None and room:
-                known[name] = choice(layer)
-                bits = known[name].bits(weight.shape[1] - keep, price, both_price)
+                known[name] = found = choice(layer)
+                bits = found.bits(weight.shape[1] - keep, price, both_price)
             else:
                 bits = criterion(layer)
             if below is not None and config.criterion != WHITENED:

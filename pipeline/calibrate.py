@@ -42,7 +42,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     catalogue = load_catalogue(config.personas, compose=config.compose, strict=config.strict)
     if config.criterion in CONTRASTIVE and (alone := [p for p in catalogue.personas if p not in catalogue.opponents]):
         raise UserError(f"{config.criterion} needs opposing personas; {', '.join(alone)} has none (use wanda, sparse)")
-    if config.apart and config.criterion == WHITENED and len(pairs := [s for s in catalogue.sets if s.minus]) < 2:
+    if config.holds_apart and len(pairs := [s for s in catalogue.sets if s.minus]) < 2:
         raise UserError(f"--apart keeps pairs apart from each other; --personas {config.personas} has {len(pairs)}")
     if config.criterion == "neutral":
         catalogue.sets.append(neutral_set())
@@ -53,6 +53,8 @@ def calibrate(config: CalibrateConfig) -> Path:
         return config.output
     for name in config.unread:
         note(f"--{name} has no effect: {config.criterion} does not read it ({', '.join(READERS[name])} would)")
+    if config.holds_apart and not config.budget:
+        note("--apart without a budget: only the directions are kept apart, what is removed may still move other pairs")
     for problem in catalogue.problems:
         note(f"left out: {problem}")
     started = time.monotonic()
@@ -243,7 +245,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     manifest["sparsity"] |= done.fitted
     if config.criterion == WHITENED and config.loop_weight:
         manifest["loops"] = recorded(staging, catalogue, ("against", "repetition"))
-    if config.apart and config.criterion == WHITENED:
+    if config.holds_apart:
         manifest["apart"] = recorded(staging, catalogue, ("apart", "held"))
     if config.disjoint:
         kept = {persona: entry["kept"].values() for persona, entry in done.files.items()}

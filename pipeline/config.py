@@ -292,6 +292,11 @@ class CalibrateConfig:
         return "--deterministic" if self.deterministic else "--strategy fsdp" if self.sharded else ""
 
     @property
+    def holds_apart(self) -> bool:
+        """Pairs are kept apart from each other, and the criterion knows how."""
+        return self.apart and self.criterion == WHITENED
+
+    @property
     def budget(self) -> float:
         """The relative rise in perplexity that a mask may cost; 0 is no limit."""
         if self.max_perplexity_increase is not None:

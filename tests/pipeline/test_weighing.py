@@ -212,6 +212,7 @@ def test_a_run_keeps_its_pairs_apart(ground, words, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "up: keeps" in said
     assert "the same persona?" not in said
+    assert "--apart without a budget: only the directions" in said
     twice = f"up/down={ground.pairs},again/back={ground.pairs}"
     assert calibrate.main(words(tmp_path / "twice", *options, personas=twice)) == 0
     same = load_manifest(tmp_path / "twice")["apart"]["up"]["held"]
