@@ -136,9 +136,10 @@ def _generate(ground: Ground, pairs: Sequence[PersonaSet], results: Results) -> 
         own = [] if "mask" in config.wanted else settings("mask", ground, pair)
         speaking = [UNMASKED, *(s for s in known if s.condition in SPEAKING), *own]
         for temperature in (0.0, config.temperature) if config.temperature else (0.0,):
+            unmasked = texts_of(ground, UNMASKED, items, temperature) if items else []
             for setting in speaking if items else []:
-                texts = texts_of(ground, setting, items, temperature)
-                results.generation.append(generation_entry(pair, setting, texts, temperature))
+                texts = unmasked if setting == UNMASKED else texts_of(ground, setting, items, temperature)
+                results.generation.append(generation_entry(ground, pair, setting, texts, unmasked, temperature))
 
 
 def _efficiency(ground: Ground, pair: PersonaSet, results: Results) -> None:

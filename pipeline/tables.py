@@ -89,7 +89,11 @@ def print_generation(generation: Sequence[dict[str, Any]], count: int) -> None:
             print(f"      {_measures(text)}")
     print()
     for entry in generation if generation[0]["n"] > 1 else []:
-        print(f"{entry['pair']}, mean of {entry['n']} answers, {_speaker(entry)}: {_measures(entry)}")
+        more = ""
+        if entry["condition"] != "unmasked":
+            value, low, high = (100 * entry[f"repeated_more{end}"] for end in ("", "_low", "_high"))
+            more = f", repeats {_interval(value, low, high, 0)} points"
+        print(f"{entry['pair']}, mean of {entry['n']} answers, {_speaker(entry)}: {_measures(entry)}{more}")
 
 
 def _speaker(entry: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.data.catalogue import PersonaSet
 from pipeline.data.forms import Item
 from pipeline.generation import continuations
+from pipeline.intervals import bootstrap_interval
 from pipeline.likelihood import answer_scores
 from pipeline.setting import UNMASKED, Ground, Setting, applied, prompt_ids
 
@@ -79,12 +80,22 @@ def judged(ground: Ground, items: Sequence[Item], answers: Sequence[str]) -> lis
     return [a.mean - b.mean for a, b in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def generation_entry(pair: PersonaSet, setting: Setting, texts: Sequence[Text], temperature: float) -> dict[str, Any]:
-    """One entry of the JSON's ``generation``: means over the texts, and the texts."""
+def generation_entry(
+    ground: Ground,
+    pair: PersonaSet,
+    setting: Setting,
+    texts: Sequence[Text],
+    unmasked: Sequence[Text],
+    temperature: float,
+) -> dict[str, Any]:
+    """One entry of the JSON's ``generation``: means over the texts, how much more they repeat than the ``unmasked``
+    model's to the same questions, with its interval, and the texts."""
 
     def mean(name: str) -> float:
         return sum(getattr(text, name) for text in texts) / len(texts)
 
+    more = [text.repetition - before.repetition for text, before in zip(texts, unmasked, strict=True)]
+    low, high = bootstrap_interval(more, resamples=ground.config.bootstrap, seed=ground.config.seed)
     return {
         "pair": f"{pair.plus}/{pair.minus}",
         "condition": setting.condition,
@@ -92,5 +103,8 @@ def generation_entry(pair: PersonaSet, setting: Setting, texts: Sequence[Text], 
         "temperature": temperature,
         "n": len(texts),
         **{name: mean(name) for name in ("tokens", "repetition", "judged")},
+        "repeated_more": sum(more) / len(more),
+        "repeated_more_low": low,
+        "repeated_more_high": high,
         "answers": [vars(text) for text in texts],
     }

@@ -126,11 +126,16 @@ def test_generation_through_the_program(finished, tmp_path, capsys, generate, co
         for name in ("tokens", "repetition", "judged"):
             assert entry[name] == pytest.approx(sum(a[name] for a in entry["answers"]) / counts)
         assert all(0 < a["tokens"] <= 48 and 0 <= a["repetition"] <= 1 for a in entry["answers"])
+        before = report["generation"][0]["answers"]
+        more = [a["repetition"] - b["repetition"] for a, b in zip(entry["answers"], before, strict=True)]
+        assert entry["repeated_more"] == pytest.approx(sum(more) / counts)
+        assert min(more) <= entry["repeated_more_low"] <= entry["repeated_more"] <= entry["repeated_more_high"]
     plain = [e["answers"][0] for e in report["generation"] if e["condition"] != "prompt"]
     assert [a["answer"] for a in report["answers"]] == [a["answer"] for a in plain]
     assert shown.count("Q: ") == 1
     assert "up (prompt): " in shown
     assert ("mean of 3 answers, unmasked" in shown) == (generate == 3)
+    assert shown.count("points") == (4 if generate == 3 else 0)
 
 
 def test_sampled_answers_stand_beside_the_greedy_ones(finished, tmp_path, capsys):
