@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -37,12 +37,15 @@ DRAFT: dict[str, Any] = {"sparsity": "0.04", "pool": 0.3, "evidence": 1.0, "max_
 FACTORS, PROBES, DIVERGENCE = ("1", "0.75", "0.5", "0.25"), 16, 0.7
 """A draft removes the first of these parts of its sparsity whose divergence on so many neutral texts is at most this,
 in nats per token. That is far more than a mask may cost: what it does to the text has to show (docs/experiments.md)."""
+BROKEN = 0.8
+"""Answers that repeat more than this share of their runs of tokens are one word over and over, and say little about the
+phrases that a mask within its budget repeats: these are sought under smaller parts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
     """``loops``: repetitions as answers (``pipeline.loops``). ``unmasked`` and ``drafted``: the share of runs of three
-    tokens that occurred earlier in the same answer, without a mask and under the draft."""
+    tokens that occurred earlier in the same answer, without a mask and under the first draft."""
 
     loops: list[Encoded]
     unmasked: float
@@ -87,13 +90,21 @@ class Drafts:
         """What the model repeats under a draft of a pole's mask, where that is worth turning away from."""
         prompts = self._prompts(pair)
         before = self._share(pair, prompts)
-        with under(self.model, self._draft(pole), self.base) as model:
-            written = self._continued(model, prompts)
-        after = _mean_repetition(written)
-        loops = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
-        note(f"{pole}: {len(written)} answers under a draft of its mask repeat {after:.0%}, unmasked {before:.0%}")
-        few = len(loops) < FEWEST or after - before < LEAST
-        return Repeated([] if few else loops, before, after)
+        loops: list[Encoded] = []
+        first: float | None = None
+        for masks in self._drafts(pole):
+            with under(self.model, masks, self.base) as model:
+                written = self._continued(model, prompts)
+            after = _mean_repetition(written)
+            note(f"{pole}: {len(written)} answers under a draft of its mask repeat {after:.0%}, unmasked {before:.0%}")
+            first = after if first is None else first
+            found = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
+            if len(found) < FEWEST or after - before < LEAST:
+                break
+            loops = found
+            if after <= BROKEN:
+                break
+        return Repeated(loops, before, first or 0.0)
 
     def _share(self, pair: PersonaSet, prompts: Sequence[list[int]]) -> float:
         """How much the unmasked model repeats itself in answering a pair's questions; both poles ask the same."""
@@ -109,7 +120,8 @@ class Drafts:
         prompts = (self.prompter.ids(self.prompter.prompt(question)) for question in questions)
         return [ids for ids in prompts if 0 < len(ids) <= limit][:QUESTIONS]
 
-    def _draft(self, persona: str) -> PersonaMasks:
+    def _drafts(self, persona: str) -> Iterator[PersonaMasks]:
+        """The first part whose divergence is small enough, then smaller ones."""
         config = dataclasses.replace(self.config, **DRAFT)
         stats = load_statistics(self.folder / STATISTICS).to(self.device)
         gradients = Gradients(self.folder, self.catalogue)
@@ -120,6 +132,7 @@ class Drafts:
         }
         texts = self.neutral[:PROBES]
         unmasked = answer_distributions(self.model, texts, **sizes)
+        within = False
         for factor in FACTORS:
             masks = build_masks(
                 self.model,
@@ -131,10 +144,12 @@ class Drafts:
                 factor=Decimal(factor),
                 base=self.base,
             )
-            with under(self.model, masks, self.base) as model:
-                if divergence(unmasked, model, texts, **sizes) <= DIVERGENCE:
-                    break
-        return masks
+            if not within and factor != FACTORS[-1]:
+                with under(self.model, masks, self.base) as model:
+                    within = divergence(unmasked, model, texts, **sizes) <= DIVERGENCE
+                if not within:
+                    continue
+            yield masks
 
     def _continued(self, model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Greedy answers; in halves if memory is short."""

@@ -62,7 +62,7 @@ MOMENTS = {
     "reduction": (calibration, "save_statistics", 0),
     "an objective": (gradients.GradientModule, "_differentiate", 5),
     "second objective": (gradients.GradientModule, "_finish", 1),
-    "second draft": (drafts.Drafts, "_draft", 1),
+    "second draft": (drafts.Drafts, "_drafts", 1),
     "second pole weighed": (weighing, "write_json", 1),
     "weighted answers": (gradients.GradientModule, "_finish", 2),
     "budget search": (shares, "fit", 1),

@@ -1,5 +1,6 @@
 """Drafts, what is repeated under them, and every pole's weights of the answers."""
 
+import contextlib
 import json
 
 import pytest
@@ -23,6 +24,7 @@ from pipeline.sites import maskable
 from pipeline.sketching import SKETCHES, Coordinates, SketchedGradients, sketch_file, sketching
 from pipeline.staging import staging_of
 from pipeline.store import load_manifest
+from pipeline.textual import repetition
 from pipeline.weighing import poles_of, weighted
 from pipeline.whitening import contrast_weights, standardised
 from tests.pipeline.test_whitening import answers
@@ -52,6 +54,41 @@ def test_a_repetition_is_cut():
     assert len(found) == 1 + 5 + LONGEST
     assert found.answer == 6
     assert found.ids[6:] == tuple(([3] + [1, 2, 3] * 20)[:LONGEST])
+
+
+BROKEN, PHRASES, NONE = [7] * 40, [*range(12), *range(12)], list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("writes", "taken", "tried"),
+    [
+        ([PHRASES, BROKEN], PHRASES, 1),
+        ([BROKEN, PHRASES, NONE], PHRASES, 2),
+        ([BROKEN, BROKEN, PHRASES], PHRASES, 3),
+        ([BROKEN, NONE, PHRASES], BROKEN, 2),
+        ([BROKEN, BROKEN], BROKEN, 2),
+        ([NONE, PHRASES], None, 1),
+    ],
+)
+def test_a_broken_draft_is_followed_by_a_smaller_one(monkeypatch, writes, taken, tried):
+    """The text is the smaller draft's, how much it is turned away from the first one's."""
+    seen, prompts = [], [[1, 2]] * drafts.FEWEST
+
+    def continued(self, model, prompts):
+        seen.append(model)
+        return [model] * len(prompts)
+
+    monkeypatch.setattr(drafts, "under", lambda model, masks, base: contextlib.nullcontext(masks))
+    monkeypatch.setattr(drafts.Drafts, "_prompts", lambda *_: prompts)
+    monkeypatch.setattr(drafts.Drafts, "_share", lambda *_: 0.1)
+    monkeypatch.setattr(drafts.Drafts, "_drafts", lambda *_: iter(writes))
+    monkeypatch.setattr(drafts.Drafts, "_continued", continued)
+    some = drafts.Drafts(None, None, None, None, None, (), torch.device("cpu"))
+    found = some.repeated(None, "up")
+    assert seen == writes[:tried]
+    assert found.loops == ([loop_of(prompt, taken) for prompt in prompts] if taken else [])
+    assert found.drafted == repetition(writes[0])
+    assert found.excess == (repetition(writes[0]) - 0.1 if taken else 0)
 
 
 @pytest.fixture
