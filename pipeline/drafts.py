@@ -91,20 +91,20 @@ class Drafts:
         prompts = self._prompts(pair)
         before = self._share(pair, prompts)
         loops: list[Encoded] = []
-        first: float | None = None
+        shares: list[float] = []
         for masks in self._drafts(pole):
             with under(self.model, masks, self.base) as model:
                 written = self._continued(model, prompts)
             after = _mean_repetition(written)
+            shares.append(after)
             note(f"{pole}: {len(written)} answers under a draft of its mask repeat {after:.0%}, unmasked {before:.0%}")
-            first = after if first is None else first
             found = [loop for prompt, text in zip(prompts, written, strict=True) if (loop := loop_of(prompt, text))]
-            if len(found) < FEWEST or after - before < LEAST:
+            worth = len(found) >= FEWEST and after - before >= LEAST
+            if worth:
+                loops = found
+            if not worth or after <= BROKEN:
                 break
-            loops = found
-            if after <= BROKEN:
-                break
-        return Repeated(loops, before, first or 0.0)
+        return Repeated(loops, before, shares[0])
 
     def _share(self, pair: PersonaSet, prompts: Sequence[list[int]]) -> float:
         """How much the unmasked model repeats itself in answering a pair's questions; both poles ask the same."""
@@ -125,13 +125,6 @@ class Drafts:
         config = dataclasses.replace(self.config, **DRAFT)
         stats = load_statistics(self.folder / STATISTICS).to(self.device)
         gradients = Gradients(self.folder, self.catalogue)
-        sizes: dict[str, Any] = {
-            "batch_tokens": self.config.batch_tokens,
-            "pad": self.prompter.tokenizer.pad_token_id,
-            "undivided": self.config.undivided,
-        }
-        texts = self.neutral[:PROBES]
-        unmasked = answer_distributions(self.model, texts, **sizes)
         within = False
         for factor in FACTORS:
             masks = build_masks(
@@ -144,12 +137,21 @@ class Drafts:
                 factor=Decimal(factor),
                 base=self.base,
             )
-            if not within and factor != FACTORS[-1]:
-                with under(self.model, masks, self.base) as model:
-                    within = divergence(unmasked, model, texts, **sizes) <= DIVERGENCE
-                if not within:
-                    continue
-            yield masks
+            within = within or factor == FACTORS[-1] or self._is_close(masks)
+            if within:
+                yield masks
+
+    def _is_close(self, masks: PersonaMasks) -> bool:
+        """Does the model under a draft diverge little enough on neutral texts?"""
+        sizes: dict[str, Any] = {
+            "batch_tokens": self.config.batch_tokens,
+            "pad": self.prompter.tokenizer.pad_token_id,
+            "undivided": self.config.undivided,
+        }
+        texts = self.neutral[:PROBES]
+        unmasked = answer_distributions(self.model, texts, **sizes)
+        with under(self.model, masks, self.base) as model:
+            return divergence(unmasked, model, texts, **sizes) <= DIVERGENCE
 
     def _continued(self, model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Greedy answers; in halves if memory is short."""

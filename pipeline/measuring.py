@@ -132,12 +132,14 @@ def _generate(ground: Ground, pairs: Sequence[PersonaSet], results: Results) -> 
     config = ground.config
     for pair in pairs if config.generate else pairs[:1]:
         items = chosen_items(pair, max(config.questions, config.generate))
+        if not items:
+            continue
         known = results.settings[pair.plus]
         own = [] if "mask" in config.wanted else settings("mask", ground, pair)
         speaking = [UNMASKED, *(s for s in known if s.condition in SPEAKING), *own]
         for temperature in (0.0, config.temperature) if config.temperature else (0.0,):
-            unmasked = texts_of(ground, UNMASKED, items, temperature) if items else []
-            for setting in speaking if items else []:
+            unmasked = texts_of(ground, UNMASKED, items, temperature)
+            for setting in speaking:
                 texts = unmasked if setting == UNMASKED else texts_of(ground, setting, items, temperature)
                 results.generation.append(generation_entry(ground, pair, setting, texts, unmasked, temperature))
 

@@ -104,9 +104,9 @@ class WeighingModule(Stage):
     JSON: ``weights`` of its own answers, its opponent's, the repetitions and the neutral texts, in this order;
     ``loops``, the repetitions as token ids with the place where the answer begins and their text; ``against``, what
     they weigh; ``repetition``, the share of repeated runs of three tokens in what was written without a mask and
-    under the draft; ``apart``, what other margins weigh, by the name of their pair's first pole; ``held``, how much of
-    the contrast is left beside them at the same change of the model, in [0, 1]. Rank r takes every world-th pole from
-    r on; what an earlier process wrote stays.
+    under the first draft; ``apart``, what other margins weigh, by the name of their pair's first pole; ``held``, how
+    much of the contrast is left beside them at the same change of the model, in [0, 1]. Rank r takes every world-th
+    pole from r on; what an earlier process wrote stays.
     """
 
     def __init__(
