@@ -122,7 +122,7 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
     import shutil
 
     from pipeline.experts import find_experts
-    from pipeline.gradient_files import ANSWERS, WEIGHTED, gradient_file
+    from pipeline.gradient_files import AGAIN, ANSWERS, WEIGHTED, gradient_file
     from pipeline.shares import SHARDS
     from pipeline.staging import MASKS
     from pipeline.store import MANIFEST
@@ -142,7 +142,8 @@ def _forget(config: CalibrateConfig, differing: dict[str, Any], staging: Path) -
         for name in (WEIGHTED, *ANSWERS):
             shutil.rmtree(staging / name, ignore_errors=True)
     (staging / MANIFEST).unlink(missing_ok=True)
-    built = [folder for folder in (staging / SHARDS, staging / MASKS) if folder.exists()]
+    # What was seen under a mask, too.
+    built = [folder for folder in (staging / SHARDS, staging / MASKS, staging / AGAIN) if folder.exists()]
     if built:
         note("other options for the choice of weights: the masks are built anew, what was measured stays")
     for folder in built:
@@ -225,9 +226,11 @@ def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bool) -> None:
-    """Build the masks, each rank its share; the one that ``writes`` puts them together and writes the manifest."""
+    """Build the masks, each rank its share, and again those that ``revise`` says; the one that ``writes`` puts them
+    together and writes the manifest."""
     from pipeline.building import overlaps, shapes_of
     from pipeline.calibration import run_pass
+    from pipeline.revising import recorded_reviews, revise
     from pipeline.shares import BuildModule, gather
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_manifest
@@ -235,7 +238,10 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     from pipeline.weights import fingerprints, weights_of
 
     # Lightning's half precision would change the type of what is computed on the way.
-    run_pass(dataclasses.replace(config, precision="32-true"), BuildModule(config, catalogue, staging), inference=False)
+    exact = dataclasses.replace(config, precision="32-true")
+    run_pass(exact, BuildModule(config, catalogue, staging), inference=False)
+    if config.revises and revise(config, catalogue, staging):
+        run_pass(exact, BuildModule(config, catalogue, staging), inference=False)
     if not writes:
         return
     check_files(staging)
@@ -245,8 +251,9 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     removed = {persona: 1 - entry["density"] for persona, entry in done.files.items()}
     manifest = _manifest(config, catalogue, stats, weights.model, fingerprints(weights, shapes), removed)
     manifest["sparsity"] |= done.fitted
-    if config.criterion == WHITENED and config.loop_weight:
+    if config.revises:
         manifest["loops"] = recorded(staging, catalogue, ("against", "repetition"))
+        manifest["revised"] = recorded_reviews(staging, catalogue)
     if config.holds_margins:
         manifest["apart"] = recorded(staging, catalogue, ("apart", "held"))
     if config.disjoint:

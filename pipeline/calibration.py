@@ -1,6 +1,7 @@
 """The forward pass over all personas as a LightningModule, and the Trainer around it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import note
@@ -68,6 +70,15 @@ class Stage(lightning.LightningModule):
             object.__setattr__(self, "model", model)
         else:
             self.model, self.base = pruned(load_model(self.config.model, dtype), self.config.on)
+
+    def dealt(self, names: Sequence[str]) -> DataLoader[Any]:
+        """A step for every name: this rank's are every world-th from its own number on, and then None, so that all
+        ranks take equally many."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine: list[str | None] = [*names[rank::world]]
+        mine += [None] * (-(-len(names) // world) - len(mine))
+        # Names and not what they name: Lightning's precision plugins rebuild dataclasses.
+        return DataLoader(mine, batch_size=None, collate_fn=lambda name: name)  # type: ignore[arg-type]
 
 
 class StatisticsModule(Stage):

@@ -326,6 +326,11 @@ class CalibrateConfig:
         return 0.2 if self.criterion == WHITENED and not self.sharded else 0.0
 
     @property
+    def revises(self) -> bool:
+        """Are finished masks looked at for what the model repeats under them?"""
+        return self.criterion == WHITENED and self.loop_weight > 0
+
+    @property
     def skipped_blocks(self) -> float:
         """The share of the decoder blocks, from the input on, that no mask touches."""
         if self.skip_blocks is not None:

@@ -24,15 +24,22 @@ def differentiate(config: CalibrateConfig, catalogue: Catalogue, prompter: Promp
     For ``WHITENED`` then how much each answer counts, and the gradients with the answers so weighted; where a budget is
     searched, also what makes one of a pair's two answers likelier on all items, if it has the same two on all.
     """
-    objectives = _objectives(config, catalogue, prompter)
+    objectives = objectives_of(config, catalogue, prompter)
     pad = prompter.tokenizer.pad_token_id
-    if not config.holds_yes_no:
-        for said in filter(None, (one_sided(s, count=config.samples, seed=config.seed) for s in catalogue.sets)):
+    for one in catalogue.sets:
+        if not config.holds_yes_no:
+            said = one_sided(one, count=config.samples, seed=config.seed)
+        elif (name := yes_no_of(one.plus)) not in objectives:
+            why = f"fewer than {FEWEST} answers begin so, or all are these two words"
+            said = f"no margin of {name} to leave alone: {why}"
+        else:
+            said = None
+        if said:
             note(said)
     note(f"gradients of {len(catalogue.sets)} margins and of neutral text")
     whitened = config.criterion == WHITENED
     first = (SketchedGradients if whitened else GradientModule)(config, folder, pad, objectives)
-    _run(config, first, objectives)
+    run_objectives(config, first, objectives)
     poles = poles_of(catalogue, objectives, config) if whitened else []
     if not poles:
         return
@@ -42,28 +49,26 @@ def differentiate(config: CalibrateConfig, catalogue: Catalogue, prompter: Promp
     answers = {pole.pair.plus: answer_units(objectives[pole.pair.plus]) for pole in poles if config.budget}
     objectives = weighted(poles, objectives[NEUTRAL], folder)
     note(f"gradients of {len(objectives)} margins of weighted answers")
-    _run(config, GradientModule(config, folder, pad, objectives, folder / WEIGHTED), objectives)
+    run_objectives(config, GradientModule(config, folder, pad, objectives, folder / WEIGHTED), objectives)
     for place, name in enumerate(ANSWERS):
         some = {pair: units[place] for pair, units in answers.items() if units}
         if some:
             note(f"gradients of the {name.replace('-', ' ')} of {len(some)} pairs that have two")
-            _run(config, GradientModule(config, folder, pad, some, folder / name), some)
+            run_objectives(config, GradientModule(config, folder, pad, some, folder / name), some)
 
 
-def _objectives(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter) -> dict[str, list[Unit]]:
+def objectives_of(config: CalibrateConfig, catalogue: Catalogue, prompter: Prompter) -> dict[str, list[Unit]]:
+    """What the first pass differentiates: every pair's margin, what else is left alone, and neutral text."""
     limits = {"count": config.samples, "max_length": config.max_length, "seed": config.seed}
     objectives = {s.plus: objective_of(s, prompter, **limits) for s in catalogue.sets}
     if config.holds_yes_no:
         asked = {yes_no_of(s.plus): yes_no_units(s, objectives[s.plus], prompter, **limits) for s in catalogue.sets}
         objectives |= {name: units for name, units in asked.items() if units}
-        for name in (name for name, units in asked.items() if not units):
-            note(
-                f"no margin of {name} to leave alone: fewer than {FEWEST} answers begin so, or all are these two words"
-            )
     limits["count"] = min(config.samples or NEUTRAL_TEXTS, NEUTRAL_TEXTS)
     return {**objectives, NEUTRAL: objective_of(neutral_set(), prompter, **limits)}
 
 
-def _run(config: CalibrateConfig, module: GradientModule, objectives: dict[str, list[Unit]]) -> None:
+def run_objectives(config: CalibrateConfig, module: GradientModule, objectives: dict[str, list[Unit]]) -> None:
+    """One pass for the gradients of all ``objectives``."""
     data = ObjectiveData(objectives, backward_tokens(config.batch_tokens), shared=config.sharded)
     run_pass(config, module, data, inference=False)

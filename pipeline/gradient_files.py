@@ -16,6 +16,9 @@ WEIGHTED = "weighted"
 """The folder of gradients whose answers count as ``pipeline.weighing`` says."""
 ANSWERS = ("first-answer", "second-answer")
 """The folders of the gradients of ``pipeline.leaning``."""
+AGAIN = "again"
+"""The folder of what is made a second time for poles that repeat themselves under their masks, and of the reviews that
+say so (``pipeline.revising``)."""
 KINDS = ("error", "mean")
 """What is known of every layer's gradient, in the order of the file."""
 
@@ -29,11 +32,24 @@ def weighing_file(name: str) -> str:
     return f"weighing-{name}.json"
 
 
+def review_file(name: str) -> str:
+    """Of ``pipeline.revising``."""
+    return f"review-{name}.json"
+
+
+def revised(folder: Path) -> frozenset[str]:
+    """The poles whose masks are chosen a second time, in a run's folder; none until all their gradients are there."""
+    reviews = (json.loads(file.read_bytes()) for file in (folder / AGAIN).glob(review_file("*")))
+    found = frozenset(one["pole"] for one in reviews if one["loops"])
+    return found if all((folder / AGAIN / gradient_file(pole)).exists() for pole in found) else frozenset()
+
+
 class Gradients:
     """The gradients in a run's folder, read layer by layer, for any persona of a catalogue.
 
-    The gradient of a pole is that of its pair with its sign, or, of ``weighted`` answers, its own if it has one, with
-    as much of other margins as keeps it apart from them (``--apart``, ``--apart-yes-no``). Margins add, so the gradient
+    The gradient of a pole is that of its pair with its sign, or, of ``weighted`` answers, its own if it has one (that
+    of the second time if it was revised), with as much of other margins as keeps it apart from them (``--apart``,
+    ``--apart-yes-no``). Margins add, so the gradient
     of a composed persona is the weighted mean of its parts', and its squared error the sum of theirs.
     """
 
@@ -52,15 +68,17 @@ class Gradients:
         self._beside: dict[str, list[tuple[str, float]]] = {}
         self.others: dict[str, tuple[str, ...]] = {}
         """By persona, the margins that it is kept apart from: of pairs, by their first pole, and of Yes over No."""
+        again = revised(folder) if weighted else frozenset()
         for personas in catalogue.sets:
             within = f"{WEIGHTED}/" if weighted and personas.minus is not None else ""
             for pole, sign in zip(personas.poles, (1.0, -1.0), strict=False):
                 self._plain[pole] = [(gradient_file(personas.plus), sign)]
                 own = within + gradient_file(pole)
-                has = pole == personas.plus or (within and (folder / own).exists())
+                has = pole == personas.plus or pole in again or (within and (folder / own).exists())
                 name, factor = (pole, 1.0) if has else (personas.plus, sign)
-                self._parts[pole] = [(within + gradient_file(name), factor)]
-                apart = json.loads((folder / weighing_file(name)).read_bytes())["apart"] if within else {}
+                place, weighing = (f"{AGAIN}/", folder / AGAIN) if pole in again else (within, folder)
+                self._parts[pole] = [(place + gradient_file(name), factor)]
+                apart = json.loads((weighing / weighing_file(name)).read_bytes())["apart"] if within else {}
                 self._beside[pole] = [(gradient_file(other), factor * one) for other, one in apart.items()]
                 self.others[pole] = tuple(apart)
                 self._plain |= {other: [(gradient_file(other), 1.0)] for other in apart}

@@ -5,7 +5,7 @@ searched (``--max-perplexity-increase``) it is a persona with the masks of all l
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -27,7 +27,7 @@ from pipeline.config import FIRST_ORDER, WHITENED, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.encoding import bytes_of
 from pipeline.experts import parameter_of
-from pipeline.gradient_files import Gradients
+from pipeline.gradient_files import AGAIN, Gradients, revised
 from pipeline.loading import load_tokenizer
 from pipeline.masks import count_kept
 from pipeline.stats import ActivationStats
@@ -38,7 +38,7 @@ SHARDS = "shards"
 
 
 class BuildModule(Stage):
-    """Builds the masks and writes them to ``folder / SHARDS / PIECE.safetensors``, from float32 weights: on the CPU, or
+    """Builds the masks and writes them where ``shards_of`` says, from float32 weights: on the CPU, or
     where a budget is searched on this rank's device, as the search runs the model again and again.
 
     Rank r builds every world-th piece from r on, the largest first; of a model that is read block by block, the pieces
@@ -68,7 +68,8 @@ class BuildModule(Stage):
         shapes = self.shapes = shapes_of(model, self.stats, self.config, weights.base)
         self.layers = layers_of(shapes, self.stats, self.catalogue, self.config)
         size = {piece: sum(_size(shapes[layer]) for layer in of) for piece, of in self.layers.items()}
-        missing = [piece for piece in self.layers if not shard(self.folder, piece).exists()]
+        self.shard = shards_of(self.folder, self.config)
+        missing = [piece for piece in self.layers if not self.shard(piece).exists()]
         if self.config.budget and missing:
             self.stats = self.stats.to(weights.move(self.device))
             measured = model, load_tokenizer(self.config.model), self.catalogue, self.config, weights.base
@@ -84,7 +85,7 @@ class BuildModule(Stage):
         return DataLoader(mine, batch_size=None, collate_fn=lambda piece: piece)  # type: ignore[arg-type]
 
     def predict_step(self, piece: str | None, batch_idx: int) -> None:
-        if piece is None or shard(self.folder, piece).exists():
+        if piece is None or self.shard(piece).exists():
             return
         (weights,) = self.held
         weights.load(self.layers[piece][0])
@@ -94,7 +95,7 @@ class BuildModule(Stage):
             one = fit(piece, *run, self.increase, weights.base, self.line(piece) if leans else None)
             found = {"factor": str(one.factor), "perplexity_increase": repr(one.increase)}
             found |= {"price": repr(one.price), "both_price": repr(one.both_price), "apart": json.dumps(one.apart)}
-            write_tensors(shard(self.folder, piece), one.masks.bits[piece], found)
+            write_tensors(self.shard(piece), one.masks.bits[piece], found)
         else:
             self._build(piece, each_mask(*run, layers=set(self.layers[piece]), base=weights.base))
 
@@ -105,7 +106,7 @@ class BuildModule(Stage):
             for layer in self.layers[piece]
             for persona in self.catalogue.personas
         }
-        with replacing(shard(self.folder, piece)) as file:
+        with replacing(self.shard(piece)) as file:
             tensorfile.write_each(file, entries, ((f"{one.persona}/{one.layer}", one.bits) for one in masks), {})
 
     def on_predict_end(self) -> None:
@@ -149,7 +150,7 @@ def gather(
 
     Raises OSError.
     """
-    pieces = Pieces(folder, layers_of(shapes, stats, catalogue, config), config.budget > 0)
+    pieces = Pieces(folder, layers_of(shapes, stats, catalogue, config), config)
     first = second_poles(catalogue) if config.disjoint else {}
     done = Gathered({}, {}, {})
     for persona in catalogue.personas:
@@ -166,10 +167,10 @@ def gather(
 
 
 class Pieces:
-    """Finished pieces in ``folder``, of ``layers`` each, read one mask at a time; ``whole``: a piece is a persona."""
+    """Finished pieces in ``folder``, of ``layers`` each, read one mask at a time."""
 
-    def __init__(self, folder: Path, layers: dict[str, list[str]], whole: bool) -> None:
-        self.folder, self.whole = folder, whole
+    def __init__(self, folder: Path, layers: dict[str, list[str]], config: CalibrateConfig) -> None:
+        self.shard, self.whole = shards_of(folder, config), config.budget > 0
         self._piece = {layer: piece for piece, of in layers.items() for layer in of}
         self._last: tuple[str, Any] = "", None
 
@@ -183,13 +184,20 @@ class Pieces:
         """A piece's file. The last one stays open: its header has an entry for every persona, and for every expert."""
         if self._last[0] != piece:
             # pread, not mmap: what is mapped and read counts as resident memory of this process.
-            self._last = piece, safe_open(str(shard(self.folder, piece)), "pt", backend="pread")
+            self._last = piece, safe_open(str(self.shard(piece)), "pt", backend="pread")
         return self._last[1]
 
 
-def shard(folder: Path, piece: str) -> Path:
-    """Where a piece is kept; a layer's name may hold what a file's name may not."""
-    return folder / SHARDS / f"{quote(piece, safe='')}.safetensors"
+def shards_of(folder: Path, config: CalibrateConfig) -> Callable[[str], Path]:
+    """Where a run's pieces are kept: those that hold masks of revised poles beside the first ones."""
+    again = revised(folder)
+
+    def shard(piece: str) -> Path:
+        second = piece in again if config.budget else bool(again)
+        # A layer's name may hold what a file's name may not.
+        return (folder / AGAIN if second else folder) / SHARDS / f"{quote(piece, safe='')}.safetensors"
+
+    return shard
 
 
 def _size(shape: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ so is that of Yes over No (``--apart-yes-no``).
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
-from pipeline.drafts import NOTHING, Drafts
+from pipeline.drafts import Drafts
 from pipeline.gradient_files import weighing_file
 from pipeline.gradients import backward_tokens
 from pipeline.memory import in_halves
 from pipeline.objectives import Unit, WeightedAnswer
+from pipeline.repetitions import Repeated
 from pipeline.sites import maskable
 from pipeline.sketching import (
     SCALE,
@@ -47,6 +48,9 @@ from pipeline.store import write_json
 from pipeline.whitening import standardised, weights_beside
 from pipeline.yes_no import yes_no_of
 
+NOTHING = Repeated([], 0.0, 0.0)
+SECOND = 0.5
+"""What a mask repeats is turned away from as strongly as if a draft repeated so much more, however much it is."""
 MUCH_THE_SAME = 0.5
 """Pairs that leave less of a pole's contrast than this are asked about."""
 
@@ -99,14 +103,18 @@ def _mean(answer: Encoded, weight: float = 1.0) -> WeightedAnswer:
 
 
 class WeighingModule(Stage):
-    """Finds the weights of every pole's answers and writes them to ``folder / weighing_file(name)``.
+    """Finds the weights of every pole's answers and writes them to ``weighing_file(name)`` in ``target``, by default
+    the run's ``folder``.
+
+    ``seen``: by pole, what the model repeats under its finished mask (``pipeline.revising``); without it, drafts are
+    made.
 
     JSON: ``weights`` of its own answers, its opponent's, the repetitions and the neutral texts, in this order;
     ``loops``, the repetitions as token ids with the place where the answer begins and their text; ``against``, what
     they weigh; ``repetition``, the share of repeated runs of three tokens in what was written without a mask and
-    under the first draft; ``apart``, what other margins weigh, by the name of their pair's first pole; ``held``, how
-    much of the contrast is left beside them at the same change of the model, in [0, 1]. Rank r takes every world-th
-    pole from r on; what an earlier process wrote stays.
+    under the first draft, or the mask; ``apart``, what other margins weigh, by the name of their pair's first pole;
+    ``held``, how much of the contrast is left beside them at the same change of the model, in [0, 1]. Rank r takes
+    every world-th pole from r on; what an earlier process wrote stays.
     """
 
     def __init__(
@@ -117,8 +125,11 @@ class WeighingModule(Stage):
         prompter: Prompter,
         poles: Sequence[Pole],
         objectives: dict[str, list[Unit]],
+        target: Path | None = None,
+        seen: Mapping[str, Repeated] | None = None,
     ) -> None:
         super().__init__(config, folder)
+        self.target, self.seen = target or folder, seen
         self.catalogue, self.prompter = catalogue, prompter
         self.poles = {pole.name: pole for pole in poles}
         self.objectives = frozenset(objectives)
@@ -128,7 +139,7 @@ class WeighingModule(Stage):
         self.margins: dict[str, tuple[Tensor, float]] = {}
 
     def is_done(self) -> bool:
-        return all((self.folder / weighing_file(name)).exists() for name in self.poles)
+        return all((self.target / weighing_file(name)).exists() for name in self.poles)
 
     def load(self) -> None:
         # Without repetitions there is nothing to write, and the sketches say all.
@@ -139,7 +150,8 @@ class WeighingModule(Stage):
         if not self.skipped:
             spread_threads(self.trainer, self.device, self.config.deterministic)
             run = self.config, self.folder, self.catalogue, self.prompter
-            self.drafts = Drafts(self.model, *run, self.neutral, self.device, self.base)
+            if self.seen is None:
+                self.drafts = Drafts(self.model, *run, self.neutral, self.device, self.base)
             pairs = dict.fromkeys(pole.pair.plus for pole in self.poles.values())
             names = [
                 *(pairs if self.config.apart else ()),
@@ -148,18 +160,14 @@ class WeighingModule(Stage):
             self.margins = {name: self._margin(name) for name in names}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        # By name: Lightning's precision plugins rebuild dataclasses. All ranks take equally many steps.
-        mine: list[str | None] = [*list(self.poles)[rank::world]]
-        mine += [None] * (-(-len(self.poles) // world) - len(mine))
-        return DataLoader(mine, batch_size=None, collate_fn=lambda name: name)  # type: ignore[arg-type]
+        return self.dealt(list(self.poles))
 
     def predict_step(self, name: str | None, batch_idx: int) -> None:
-        if name is None or self.skipped or (self.folder / weighing_file(name)).exists():
+        if name is None or self.skipped or (self.target / weighing_file(name)).exists():
             return
         pole = self.poles[name]
-        found = self.drafts.repeated(pole.pair, name) if self.config.loop_weight else NOTHING
-        against = self.config.loop_weight * found.excess
+        found = self._repeated(pole)
+        against = self._against(found)
         answers, neutral = (self._sketches(name) for name in (pole.pair.plus, NEUTRAL))
         own, other = answers.chunk(2) if name == pole.pair.plus else answers.chunk(2)[::-1]
         beside = {one: known for one, known in self.margins.items() if self._is_beside(one, pole.pair.plus)}
@@ -174,12 +182,12 @@ class WeighingModule(Stage):
         content = {
             "weights": weights[:texts].tolist(),
             "against": against,
-            "repetition": [found.unmasked, found.drafted],
+            "repetition": [found.unmasked, found.masked],
             "loops": [{"ids": list(x.ids), "answer": x.answer, "text": decode(x.ids[x.answer :])} for x in found.loops],
             "apart": apart,
             "held": held,
         }
-        write_json(self.folder / weighing_file(name), content)
+        write_json(self.target / weighing_file(name), content)
         if beside:
             much = ""
             if held < MUCH_THE_SAME:
@@ -190,6 +198,17 @@ class WeighingModule(Stage):
     def on_predict_end(self) -> None:
         # The others read the files next.
         self.trainer.strategy.barrier("answers weighed")
+
+    def _repeated(self, pole: Pole) -> Repeated:
+        if self.seen is not None:
+            return self.seen[pole.name]
+        return self.drafts.repeated(pole.pair, pole.name) if self.config.loop_weight else NOTHING
+
+    def _against(self, found: Repeated) -> float:
+        """How much the repetitions weigh."""
+        if not found.loops:
+            return 0.0
+        return self.config.loop_weight * (found.excess if self.seen is None else SECOND)
 
     def _is_beside(self, name: str, plus: str) -> bool:
         """Is the margin ``name`` one that the pair of ``plus`` leaves alone? Of Yes and No, its own questions' is."""

@@ -10,7 +10,19 @@ import sys
 import pytest
 import torch
 
-from pipeline import atomic, calibrate, calibration, drafts, gradients, shares, staging, store, weighing
+from pipeline import (
+    atomic,
+    calibrate,
+    calibration,
+    drafts,
+    gradients,
+    repetitions,
+    revising,
+    shares,
+    staging,
+    store,
+    weighing,
+)
 from pipeline.errors import UserError
 from pipeline.staging import staged_folder, staging_of
 from pipeline.store import STATISTICS, load_masks, load_statistics
@@ -87,6 +99,46 @@ def test_a_crash_at_every_stage(whole, words, monkeypatch, moment):
     assert calibrate.main(["--resume", str(output)]) == 0
     assert contents(output) == expected
     assert [p.name for p in output.parent.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def revised(words, tmp_path_factory):
+    """As ``whole``, of a model that repeats itself under its masks."""
+    output = tmp_path_factory.mktemp("revised") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        repeating(patch)
+        assert calibrate.main(words(output, *MORE)) == 0
+    return output, contents(output)
+
+
+def repeating(patch):
+    """The tiny model repeats itself without a mask too."""
+    patch.setattr(repetitions.Writer, "_share", lambda *_: 0.1)
+
+
+MORE = (*SMALL, "--samples", "12")
+AGAIN = {
+    "second review": (revising, "write_json", 1),
+    "second pole weighed again": (weighing, "write_json", 3),
+    "first gradient again": (gradients.GradientModule, "_finish", 4),
+    "second gradient again": (gradients.GradientModule, "_finish", 5),
+    "second mask again": (shares, "fit", 3),
+    "putting together": (shares, "gather", 0),
+}
+
+
+@pytest.mark.parametrize("moment", AGAIN)
+def test_a_crash_in_the_second_round(revised, words, monkeypatch, moment):
+    output, expected = revised
+    shutil.rmtree(output)
+    repeating(monkeypatch)
+    place, name, after = AGAIN[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, crashing(getattr(place, name), after))
+        with pytest.raises(CrashError):
+            calibrate.main(words(output, *MORE))
+    assert calibrate.main(["--resume", str(output)]) == 0
+    assert contents(output) == expected
 
 
 def test_nothing_is_done_twice(whole, words, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import calibrate, drafts, weighing
+from pipeline import calibrate, drafts, repetitions, weighing
 from pipeline.calibration import run_pass
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
@@ -72,23 +72,23 @@ BROKEN, PHRASES, NONE = [7] * 40, [*range(12), *range(12)], list(range(30))
 )
 def test_a_broken_draft_is_followed_by_a_smaller_one(monkeypatch, writes, taken, tried):
     """The text is the smaller draft's, how much it is turned away from the first one's."""
-    seen, prompts = [], [[1, 2]] * drafts.FEWEST
+    seen, prompts = [], [[1, 2]] * repetitions.FEWEST
 
     def continued(self, model, prompts):
         seen.append(model)
         return [model] * len(prompts)
 
-    monkeypatch.setattr(drafts, "under", lambda model, masks, base: contextlib.nullcontext(masks))
-    monkeypatch.setattr(drafts.Drafts, "_prompts", lambda *_: prompts)
-    monkeypatch.setattr(drafts.Drafts, "_share", lambda *_: 0.1)
+    monkeypatch.setattr(repetitions, "under", lambda model, masks, base: contextlib.nullcontext(masks))
+    monkeypatch.setattr(repetitions.Writer, "_prompts", lambda *_: prompts)
+    monkeypatch.setattr(repetitions.Writer, "_share", lambda *_: 0.1)
+    monkeypatch.setattr(repetitions.Writer, "_continued", continued)
     monkeypatch.setattr(drafts.Drafts, "_drafts", lambda *_: iter(writes))
-    monkeypatch.setattr(drafts.Drafts, "_continued", continued)
     some = drafts.Drafts(None, None, None, None, None, (), torch.device("cpu"))
     found = some.repeated(None, "up")
     assert seen == writes[:tried]
     assert found.loops == ([loop_of(prompt, taken) for prompt in prompts] if taken else [])
-    assert found.drafted == repetition(writes[0])
-    assert found.excess == (repetition(writes[0]) - 0.1 if taken else 0)
+    assert found.masked == repetition(writes[0])
+    assert found.excess == repetition(writes[0]) - 0.1
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def kept(words, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_build", lambda *_, **__: 1 / 0)
         # The tiny model repeats itself without a mask too.
-        patch.setattr(drafts.Drafts, "_share", lambda *_: 0.1)
+        patch.setattr(repetitions.Writer, "_share", lambda *_: 0.1)
         with pytest.raises(ZeroDivisionError):
             calibrate.main(words(output, "--accelerator", "cpu"))
     return staging_of(output)
@@ -208,7 +208,7 @@ def kept(words, tmp_path_factory):
 @pytest.mark.parametrize("pole", ["up", "down"])
 def test_every_pole_is_weighed_against_what_it_repeats(ground, kept, pole):
     found = json.loads((kept / weighing_file(pole)).read_text())
-    assert len(found["loops"]) >= drafts.FEWEST
+    assert len(found["loops"]) >= repetitions.FEWEST
     before, after = found["repetition"]
     assert found["against"] == pytest.approx(0.2 * (after - before))
     config = CalibrateConfig(model=str(ground.llama))
