@@ -24,6 +24,7 @@ from pipeline import (
     weighing,
 )
 from pipeline.errors import UserError
+from pipeline.gradient_files import AGAIN, gradient_file
 from pipeline.staging import staged_folder, staging_of
 from pipeline.store import STATISTICS, load_masks, load_statistics
 from tests.pipeline.kills import contents
@@ -117,7 +118,7 @@ def repeating(patch):
 
 
 MORE = (*SMALL, "--samples", "12")
-AGAIN = {
+SECOND = {
     "second review": (revising, "write_json", 1),
     "second pole weighed again": (weighing, "write_json", 3),
     "first gradient again": (gradients.GradientModule, "_finish", 4),
@@ -127,12 +128,12 @@ AGAIN = {
 }
 
 
-@pytest.mark.parametrize("moment", AGAIN)
+@pytest.mark.parametrize("moment", SECOND)
 def test_a_crash_in_the_second_round(revised, words, monkeypatch, moment):
     output, expected = revised
     shutil.rmtree(output)
     repeating(monkeypatch)
-    place, name, after = AGAIN[moment]
+    place, name, after = SECOND[moment]
     with monkeypatch.context() as patch:
         patch.setattr(place, name, crashing(getattr(place, name), after))
         with pytest.raises(CrashError):
@@ -261,22 +262,26 @@ def test_a_file_that_changes_during_the_run(ground, words, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_another_way_to_choose_weights_keeps_the_measurement(whole, words, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("repeats", [False, True], ids=["", "revised"])
+def test_another_way_to_choose_weights_keeps_the_measurement(words, monkeypatch, tmp_path, capsys, repeats):
     """With one difference that matters to the masks only, the rest is not measured again and the result is exact."""
-    output, _ = whole
-    shutil.rmtree(output)
+    output, given = tmp_path / "out", MORE if repeats else SMALL
+    if repeats:
+        repeating(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(shares, "gather", crashing(None))
         with pytest.raises(CrashError):
-            calibrate.main(words(output, *SMALL))
+            calibrate.main(words(output, *given))
+    assert (staging_of(output) / AGAIN / gradient_file("up")).exists() == repeats
+    add = calibration.StatisticsModule._add
     monkeypatch.setattr(calibration.StatisticsModule, "_add", crashing(None))
     options = ("--sparsity", "0.2", "--pool", "0.5")
     assert calibrate.main(["--resume", str(output), *options]) == 0
     assert "built anew" in capsys.readouterr().err
     found = contents(output)
-    monkeypatch.undo()
+    monkeypatch.setattr(calibration.StatisticsModule, "_add", add)
     shutil.rmtree(output)
-    assert calibrate.main(words(output, *SMALL, *options)) == 0
+    assert calibrate.main(words(output, *given, *options)) == 0
     assert contents(output) == found
 
 

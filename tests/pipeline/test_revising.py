@@ -1,0 +1,126 @@
+"""Masks under which the model repeats itself are chosen a second time, against what it says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import calibrate, repetitions
+from pipeline.config import CalibrateConfig
+from pipeline.data.catalogue import load_catalogue
+from pipeline.data.prompts import Prompter
+from pipeline.gradient_files import AGAIN, WEIGHTED, Gradients, gradient_file, review_file, revised, weighing_file
+from pipeline.loading import load_model, load_tokenizer
+from pipeline.masks import PersonaMasks
+from pipeline.repetitions import Repeated, Writer
+from pipeline.shares import SHARDS
+from pipeline.staging import staging_of
+from pipeline.store import load_manifest, load_masks
+from tests.pipeline.test_resume import repeating
+
+CPU = ("--accelerator", "cpu", "--sparsity", "0.1")
+
+
+@pytest.fixture(scope="module")
+def staged(words, tmp_path_factory):
+    """The staging folder of a run that revised both its poles, and stopped before it put the masks together."""
+    output = tmp_path_factory.mktemp("staged") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        repeating(patch)
+        patch.setattr("pipeline.shares.gather", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate.main(words(output, *CPU))
+    return staging_of(output)
+
+
+@pytest.mark.parametrize("pole", ["up", "down"])
+def test_what_the_first_mask_repeats_is_weighed_against(ground, staged, pole):
+    review, again, first = (
+        json.loads((staged / path).read_text())
+        for path in (f"{AGAIN}/{review_file(pole)}", f"{AGAIN}/{weighing_file(pole)}", weighing_file(pole))
+    )
+    catalogue = load_catalogue(f"up/down={ground.pairs}")
+    config = CalibrateConfig(model=str(ground.llama))
+    model = load_model(str(ground.llama)).requires_grad_(False)
+    bits = load_file(str(staged / SHARDS / f"{pole}.safetensors"))
+    masks = PersonaMasks({layer: tuple(model.get_submodule(layer).weight.shape) for layer in bits}, {pole: bits})
+    found = Writer(model, config, Prompter(load_tokenizer(str(ground.llama)))).repeated(catalogue.sets[0], masks)
+    assert len(found.loops) >= repetitions.FEWEST
+    for one in (review, again):
+        assert [(tuple(loop["ids"]), loop["answer"]) for loop in one["loops"]] == [
+            (loop.ids, loop.answer) for loop in found.loops
+        ]
+        assert one["repetition"] == [0.1, found.masked]
+    assert again["against"] == pytest.approx(0.1)
+    assert again["loops"] != first["loops"]
+
+
+def test_the_second_gradients_and_masks_are_taken(ground, staged):
+    assert revised(staged) == {"up", "down"}
+    gradients = Gradients(staged, load_catalogue(f"up/down={ground.pairs}"), weighted=True)
+    for pole in ("up", "down"):
+        second, first = (load_file(str(staged / folder / gradient_file(pole))) for folder in (AGAIN, WEIGHTED))
+        layer = next(iter(second)).removeprefix("error/")
+        assert torch.equal(gradients.of(pole, layer)[0], second[f"mean/{layer}"])
+        assert not torch.equal(second[f"mean/{layer}"], first[f"mean/{layer}"])
+    (staged / AGAIN / gradient_file("up")).rename(staged / "aside")
+    try:
+        # Until all are there, the run is where it was.
+        assert revised(staged) == set()
+    finally:
+        (staged / "aside").rename(staged / AGAIN / gradient_file("up"))
+
+
+@pytest.mark.parametrize("budget", ["", "0"], ids=["budget", "no budget"])
+def test_one_pole_is_revised(words, tmp_path, monkeypatch, budget):
+    """The other keeps its mask to the bit; without a budget the masks are kept by layer, not by persona."""
+    options = (*CPU, "--max-perplexity-increase", budget) if budget else CPU
+    monkeypatch.setattr(Repeated, "matters", property(lambda self: False))
+    assert calibrate.main(words(tmp_path / "once", *options)) == 0
+    monkeypatch.undo()
+    plain = Writer.repeated
+
+    def only_up(self, pair, masks):
+        found = plain(self, pair, masks)
+        # The draft of neither.
+        finished = (self.config.output.parent / ".twice.partial" / weighing_file("down")).exists()
+        return Repeated(found.loops if finished and "up" in masks.personas else [], 0.0, found.masked)
+
+    monkeypatch.setattr(Writer, "repeated", only_up)
+    assert calibrate.main(words(tmp_path / "twice", *options)) == 0
+    manifests = [load_manifest(tmp_path / name) for name in ("once", "twice")]
+    assert [one["against"] for one in manifests[0]["revised"].values()] == [0, 0]
+    assert {name: one["against"] for name, one in manifests[1]["revised"].items()} == {
+        "up": pytest.approx(0.1),
+        "down": 0,
+    }
+    once, twice = (load_masks(tmp_path / name).bits for name in ("once", "twice"))
+    same = {pole: all(torch.equal(bits, twice[pole][layer]) for layer, bits in once[pole].items()) for pole in once}
+    assert same == {"up": False, "down": True}
+
+
+def test_two_processes_revise_alike(ground, words, tmp_path):
+    given = (*CPU, "--deterministic", "--batch-tokens", "200")
+    code = "import sys; from pipeline import calibrate, repetitions; repetitions.Writer._share = lambda *_: 0.1; "
+    for devices in (1, 2):
+        command = words(tmp_path / str(devices), *given, "--devices", devices)
+        done = subprocess.run(
+            [sys.executable, "-c", code + "sys.exit(calibrate.main(sys.argv[1:]))", *command],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert all(one["against"] for one in load_manifest(tmp_path / str(devices))["revised"].values())
+    for pole in ("up", "down"):
+        one, two = ((tmp_path / devices / "masks" / f"{pole}.safetensors").read_bytes() for devices in "12")
+        assert one == two
+
+
+def test_nothing_is_written_without_loops(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(Writer, "repeated", lambda *_: 1 / 0)
+    assert calibrate.main(words(tmp_path / "run", *CPU, "--loops", "0")) == 0
+    assert "revised" not in load_manifest(tmp_path / "run")
