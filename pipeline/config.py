@@ -127,7 +127,8 @@ class CalibrateConfig:
     fewer weights, chosen by what other items share."""
     loops: float | None = None
     """first-order: how strongly a mask turns away from what the model repeats under a draft of it, times how much more
-    that is than without a mask (docs/method.md); 0 writes nothing. Default 0.2, 0 under --strategy fsdp."""
+    that is than without a mask; then, where the mask itself repeats more, it is chosen again, against that by half of
+    this (docs/method.md). 0 writes nothing. Default 0.2, 0 under --strategy fsdp."""
     apart: bool = False
     """first-order: choose each pair's weights so that the run's other pairs stay as they are: what these have in common
     with it, such as the tone of their statements, is not its own. Needs two pairs or more; of no effect between sets of
