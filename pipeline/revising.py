@@ -33,20 +33,20 @@ def revise(config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> bool:
 
     True if there are any; their masks are to be built again. What an earlier process wrote stays.
     """
-    poles = reviewed(folder, catalogue)
-    if not poles:
+    masked = reviewed(folder, catalogue)
+    if not masked:
         return False
     prompter = Prompter(load_tokenizer(config.model))
-    run_pass(config, ReviewModule(config, folder, catalogue, prompter, poles))
-    seen = {name: found for name in poles if (found := _read(folder, name)).loops}
+    run_pass(config, ReviewModule(config, folder, catalogue, prompter, masked))
+    seen = {name: found for name in masked if (found := _read(folder, name)).loops}
     if not seen:
         return False
     objectives = objectives_of(config, catalogue, prompter)
-    again = [pole for pole in poles_of(catalogue, objectives, config) if pole.name in seen]
+    poles = poles_of(catalogue, objectives, config)
     note(f"weighing the answers of {', '.join(seen)} again, against what is repeated under the masks")
-    module = WeighingModule(config, folder, catalogue, prompter, again, objectives, folder / AGAIN, seen)
+    module = WeighingModule(config, folder, catalogue, prompter, poles, objectives, folder / AGAIN, seen)
     run_pass(config, module, inference=False)
-    objectives = weighted(again, objectives[NEUTRAL], folder / AGAIN)
+    objectives = weighted([pole for pole in poles if pole.name in seen], objectives[NEUTRAL], folder / AGAIN)
     gradients = GradientModule(config, folder, prompter.tokenizer.pad_token_id, objectives, folder / AGAIN)
     run_objectives(config, gradients, objectives)
     return True

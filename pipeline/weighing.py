@@ -106,8 +106,8 @@ class WeighingModule(Stage):
     """Finds the weights of every pole's answers and writes them to ``weighing_file(name)`` in ``target``, by default
     the run's ``folder``.
 
-    ``seen``: by pole, what the model repeats under its finished mask (``pipeline.revising``); without it, drafts are
-    made.
+    ``poles``: of all pairs; only those in ``seen`` are weighed, if it is given: by pole, what the model repeats under
+    its finished mask (``pipeline.revising``). Without it, drafts are made.
 
     JSON: ``weights`` of its own answers, its opponent's, the repetitions and the neutral texts, in this order;
     ``loops``, the repetitions as token ids with the place where the answer begins and their text; ``against``, what
@@ -131,7 +131,8 @@ class WeighingModule(Stage):
         super().__init__(config, folder)
         self.target, self.seen = target or folder, seen
         self.catalogue, self.prompter = catalogue, prompter
-        self.poles = {pole.name: pole for pole in poles}
+        self.poles = {pole.name: pole for pole in poles if seen is None or pole.name in seen}
+        self.pairs = tuple(dict.fromkeys(pole.pair.plus for pole in poles))
         self.objectives = frozenset(objectives)
         self.neutral = [unit[0].encoded for unit in objectives[NEUTRAL]]
         self.beginning = beginning_of(objectives)
@@ -152,10 +153,9 @@ class WeighingModule(Stage):
             run = self.config, self.folder, self.catalogue, self.prompter
             if self.seen is None:
                 self.drafts = Drafts(self.model, *run, self.neutral, self.device, self.base)
-            pairs = dict.fromkeys(pole.pair.plus for pole in self.poles.values())
             names = [
-                *(pairs if self.config.apart else ()),
-                *filter(self.objectives.__contains__, map(yes_no_of, pairs)),
+                *(self.pairs if self.config.apart else ()),
+                *filter(self.objectives.__contains__, map(yes_no_of, self.pairs)),
             ]
             self.margins = {name: self._margin(name) for name in names}
 
@@ -212,7 +212,7 @@ class WeighingModule(Stage):
 
     def _is_beside(self, name: str, plus: str) -> bool:
         """Is the margin ``name`` one that the pair of ``plus`` leaves alone? Of Yes and No, its own questions' is."""
-        return name == yes_no_of(plus) or (name != plus and name in {pole.pair.plus for pole in self.poles.values()})
+        return name == yes_no_of(plus) or (name != plus and name in self.pairs)
 
     def _sketches(self, name: str) -> Tensor:
         return load_file(str(self.folder / sketch_file(name)))[SKETCHES]

@@ -102,6 +102,30 @@ def test_one_pole_is_revised(words, tmp_path, monkeypatch, budget):
     assert same == {"up": False, "down": True}
 
 
+def test_a_revised_pole_stays_apart(ground, words, tmp_path, monkeypatch):
+    """From the run's other pairs, none of which is revised."""
+    other = tmp_path / "other.csv"
+    lines = [f"Who likes day {i}?,fox number {i},jump and jump {i}" for i in range(10)]
+    other.write_text("\n".join(["question,matching,not_matching", *lines]))
+    plain = Writer.repeated
+
+    def only_up(self, pair, masks):
+        found = plain(self, pair, masks)
+        return Repeated(found.loops if "up" in masks.personas else [], 0.0, found.masked)
+
+    monkeypatch.setattr(Writer, "repeated", only_up)
+    monkeypatch.setattr("pipeline.shares.gather", lambda *_: 1 / 0)
+    personas = f"up/down={ground.pairs},left/right={other}"
+    with pytest.raises(ZeroDivisionError):
+        calibrate.main(words(tmp_path / "out", *CPU, "--apart", "true", personas=personas))
+    staging = staging_of(tmp_path / "out")
+    assert revised(staging) == {"up"}
+    first, again = (json.loads((staging / part / weighing_file("up")).read_text()) for part in ("", AGAIN))
+    assert first["apart"].keys() == again["apart"].keys() == {"left"}
+    assert len(again["weights"]) == 2 * 10 + len(again["loops"]) + 64
+    assert 0 < again["held"] <= 1
+
+
 def test_two_processes_revise_alike(ground, words, tmp_path):
     given = (*CPU, "--deterministic", "--batch-tokens", "200")
     code = "import sys; from pipeline import calibrate, repetitions; repetitions.Writer._share = lambda *_: 0.1; "
