@@ -71,12 +71,12 @@ class Stage(lightning.LightningModule):
         else:
             self.model, self.base = pruned(load_model(self.config.model, dtype), self.config.on)
 
-    def dealt(self, names: Sequence[str]) -> DataLoader[Any]:
-        """A step for every name: this rank's are every world-th from its own number on, and then None, so that all
-        ranks take equally many."""
+    def dealt(self, parts: Sequence[Sequence[str]]) -> DataLoader[Any]:
+        """A step for every name: this rank's are those of every world-th part from its own number on, and then None,
+        so that all ranks take equally many."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        mine: list[str | None] = [*names[rank::world]]
-        mine += [None] * (-(-len(names) // world) - len(mine))
+        shares = [[name for part in parts[r::world] for name in part] for r in range(world)]
+        mine: list[str | None] = [*shares[rank], *[None] * (max(map(len, shares)) - len(shares[rank]))]
         # Names and not what they name: Lightning's precision plugins rebuild dataclasses.
         return DataLoader(mine, batch_size=None, collate_fn=lambda name: name)  # type: ignore[arg-type]
 

@@ -1,12 +1,23 @@
 """What a model says again: its own repetitions, as answers that a mask should make less likely."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.data.prompts import Encoded
 from pipeline.textual import GRAM
 
 LONGEST = 14
 """Tokens of a repetition at most."""
+
+
+def as_json(loop: Encoded) -> dict[str, Any]:
+    """A repetition as files hold it."""
+    return {"ids": list(loop.ids), "answer": loop.answer}
+
+
+def from_json(found: dict[str, Any]) -> Encoded:
+    """What ``as_json`` wrote."""
+    return Encoded(tuple(found["ids"]), found["answer"], range(0))
 
 
 def loop_of(prompt: Sequence[int], written: Sequence[int]) -> Encoded | None:

@@ -36,7 +36,8 @@ class Repeated:
 
     @property
     def excess(self) -> float:
-        return self.masked - self.unmasked
+        """How much more is repeated under the mask; 0 without ``loops``."""
+        return self.masked - self.unmasked if self.loops else 0.0
 
     @property
     def matters(self) -> bool:
@@ -51,10 +52,10 @@ class Writer:
         self.model, self.config, self.prompter, self.base = model, config, prompter, base
         self._unmasked: dict[str, float] = {}
 
-    def repeated(self, pair: PersonaSet, masks: PersonaMasks) -> Repeated:
-        """What the model repeats under masks of one persona, with the pair's questions."""
+    def repeated(self, pair: PersonaSet, masks: PersonaMasks, unmasked: float | None = None) -> Repeated:
+        """What the model repeats under masks of one persona, with the pair's questions; ``unmasked`` if it is known."""
         prompts = self._prompts(pair)
-        before = self._share(pair, prompts)
+        before = self._share(pair, prompts) if unmasked is None else unmasked
         with under(self.model, masks, self.base) as model:
             written = self._continued(model, prompts)
         found = (loop_of(prompt, text) for prompt, text in zip(prompts, written, strict=True))

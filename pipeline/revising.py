@@ -16,11 +16,12 @@ from pipeline.cli import note
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.forms import NEUTRAL
-from pipeline.data.prompts import Encoded, Prompter
+from pipeline.data.prompts import Prompter
 from pipeline.directions import objectives_of, run_objectives
 from pipeline.gradient_files import AGAIN, review_file, weighing_file
 from pipeline.gradients import GradientModule
 from pipeline.loading import load_tokenizer
+from pipeline.loops import as_json, from_json
 from pipeline.masks import PersonaMasks
 from pipeline.repetitions import Repeated, Writer
 from pipeline.shares import Pieces, layers_of
@@ -91,18 +92,20 @@ class ReviewModule(Stage):
         self.writer = Writer(self.model, self.config, self.prompter, self.base)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.dealt(list(self.poles))
+        return self.dealt([[name] for name in self.poles])
 
     def predict_step(self, name: str | None, batch_idx: int) -> None:
         if name is None or self.skipped or (self.folder / AGAIN / review_file(name)).exists():
             return
         masks = PersonaMasks(self.shapes, {name: {layer: self.pieces.read(name, layer) for layer in self.shapes}})
-        found = self.writer.repeated(self.poles[name], masks)
+        # The drafts were held against the same.
+        unmasked, _ = json.loads((self.folder / weighing_file(name)).read_bytes())["repetition"]
+        found = self.writer.repeated(self.poles[name], masks, unmasked)
         note(f"{name}: its answers to calibration questions repeat {found.masked:.0%}, unmasked {found.unmasked:.0%}")
         content = {
             "pole": name,
             "repetition": [found.unmasked, found.masked],
-            "loops": [{"ids": list(x.ids), "answer": x.answer} for x in found.loops if found.matters],
+            "loops": [as_json(loop) for loop in found.loops if found.matters],
         }
         (self.folder / AGAIN).mkdir(exist_ok=True)
         write_json(self.folder / AGAIN / review_file(name), content)
@@ -114,8 +117,7 @@ class ReviewModule(Stage):
 
 def _read(folder: Path, name: str) -> Repeated:
     found = json.loads((folder / AGAIN / review_file(name)).read_bytes())
-    loops = [Encoded(tuple(one["ids"]), one["answer"], range(0)) for one in found["loops"]]
-    return Repeated(loops, *found["repetition"])
+    return Repeated([from_json(one) for one in found["loops"]], *found["repetition"])
 
 
 def recorded_reviews(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, Any]]:

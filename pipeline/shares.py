@@ -78,11 +78,7 @@ class BuildModule(Stage):
         parts: dict[str, list[str]] = {}
         for piece in sorted(size, key=lambda piece: -size[piece]):
             parts.setdefault(weights.part_of(self.layers[piece][0]) or piece, []).append(piece)
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        shares = [[piece for of in list(parts.values())[r::world] for piece in of] for r in range(world)]
-        # All ranks take equally many steps.
-        mine: list[str | None] = [*shares[rank], *[None] * (max(map(len, shares)) - len(shares[rank]))]
-        return DataLoader(mine, batch_size=None, collate_fn=lambda piece: piece)  # type: ignore[arg-type]
+        return self.dealt(list(parts.values()))
 
     def predict_step(self, piece: str | None, batch_idx: int) -> None:
         if piece is None or self.shard(piece).exists():

@@ -30,6 +30,7 @@ from pipeline.data.prompts import Encoded, Prompter, batches_by_tokens
 from pipeline.drafts import Drafts
 from pipeline.gradient_files import weighing_file
 from pipeline.gradients import backward_tokens
+from pipeline.loops import as_json, from_json
 from pipeline.memory import in_halves
 from pipeline.objectives import Unit, WeightedAnswer
 from pipeline.repetitions import Repeated
@@ -90,7 +91,7 @@ def weighted(poles: Sequence[Pole], neutral: Sequence[Unit], folder: Path) -> di
 
 
 def _units(pole: Pole, found: dict[str, Any], neutral: Sequence[Unit]) -> list[Unit]:
-    loops = [Encoded(tuple(one["ids"]), one["answer"], range(0)) for one in found["loops"]]
+    loops = [from_json(one) for one in found["loops"]]
     weights, n = found["weights"], len(pole.own)
     pairs = zip(pole.own, pole.other, weights[:n], weights[n : 2 * n], strict=True)
     units: list[Unit] = [(_mean(a.encoded, c), _mean(b.encoded, d)) for a, b, c, d in pairs]
@@ -160,14 +161,14 @@ class WeighingModule(Stage):
             self.margins = {name: self._margin(name) for name in names}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.dealt(list(self.poles))
+        return self.dealt([[name] for name in self.poles])
 
     def predict_step(self, name: str | None, batch_idx: int) -> None:
         if name is None or self.skipped or (self.target / weighing_file(name)).exists():
             return
         pole = self.poles[name]
         found = self._repeated(pole)
-        against = self._against(found)
+        against = self.config.loop_weight * (found.excess if self.seen is None else SECOND)
         answers, neutral = (self._sketches(name) for name in (pole.pair.plus, NEUTRAL))
         own, other = answers.chunk(2) if name == pole.pair.plus else answers.chunk(2)[::-1]
         beside = {one: known for one, known in self.margins.items() if self._is_beside(one, pole.pair.plus)}
@@ -183,7 +184,7 @@ class WeighingModule(Stage):
             "weights": weights[:texts].tolist(),
             "against": against,
             "repetition": [found.unmasked, found.masked],
-            "loops": [{"ids": list(x.ids), "answer": x.answer, "text": decode(x.ids[x.answer :])} for x in found.loops],
+            "loops": [{**as_json(loop), "text": decode(loop.ids[loop.answer :])} for loop in found.loops],
             "apart": apart,
             "held": held,
         }
@@ -203,12 +204,6 @@ class WeighingModule(Stage):
         if self.seen is not None:
             return self.seen[pole.name]
         return self.drafts.repeated(pole.pair, pole.name) if self.config.loop_weight else NOTHING
-
-    def _against(self, found: Repeated) -> float:
-        """How much the repetitions weigh."""
-        if not found.loops:
-            return 0.0
-        return self.config.loop_weight * (found.excess if self.seen is None else SECOND)
 
     def _is_beside(self, name: str, plus: str) -> bool:
         """Is the margin ``name`` one that the pair of ``plus`` leaves alone? Of Yes and No, its own questions' is."""

@@ -16,7 +16,6 @@ from pipeline import (
     calibration,
     drafts,
     gradients,
-    repetitions,
     revising,
     shares,
     staging,
@@ -28,6 +27,7 @@ from pipeline.gradient_files import AGAIN, gradient_file
 from pipeline.staging import staged_folder, staging_of
 from pipeline.store import STATISTICS, load_masks, load_statistics
 from tests.pipeline.kills import contents
+from tests.pipeline.tiny import repeating
 
 SMALL = (
     "--accelerator",
@@ -88,13 +88,17 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_crash_at_every_stage(whole, words, monkeypatch, moment):
-    output, expected = whole
+    crash_and_resume(whole, words, monkeypatch, SMALL, *MOMENTS[moment])
+
+
+def crash_and_resume(run, words, monkeypatch, options, place, name, after):
+    """Crash in the ``after``-th call of ``place.name`` and go on: the files are those of ``run``, with ``options``."""
+    output, expected = run
     shutil.rmtree(output)
-    place, name, after = MOMENTS[moment]
     with monkeypatch.context() as patch:
         patch.setattr(place, name, crashing(getattr(place, name), after))
         with pytest.raises(CrashError):
-            calibrate.main(words(output, *SMALL))
+            calibrate.main(words(output, *options))
     assert staging_of(output).exists()
     assert not output.exists()
     assert calibrate.main(["--resume", str(output)]) == 0
@@ -112,11 +116,6 @@ def revised(words, tmp_path_factory):
     return output, contents(output)
 
 
-def repeating(patch):
-    """The tiny model repeats itself without a mask too."""
-    patch.setattr(repetitions.Writer, "_share", lambda *_: 0.1)
-
-
 MORE = (*SMALL, "--samples", "12")
 SECOND = {
     "second review": (revising, "write_json", 1),
@@ -130,16 +129,8 @@ SECOND = {
 
 @pytest.mark.parametrize("moment", SECOND)
 def test_a_crash_in_the_second_round(revised, words, monkeypatch, moment):
-    output, expected = revised
-    shutil.rmtree(output)
     repeating(monkeypatch)
-    place, name, after = SECOND[moment]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, crashing(getattr(place, name), after))
-        with pytest.raises(CrashError):
-            calibrate.main(words(output, *MORE))
-    assert calibrate.main(["--resume", str(output)]) == 0
-    assert contents(output) == expected
+    crash_and_resume(revised, words, monkeypatch, MORE, *SECOND[moment])
 
 
 def test_nothing_is_done_twice(whole, words, monkeypatch, capsys):

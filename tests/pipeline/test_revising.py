@@ -19,7 +19,7 @@ from pipeline.repetitions import Repeated, Writer
 from pipeline.shares import SHARDS
 from pipeline.staging import staging_of
 from pipeline.store import load_manifest, load_masks
-from tests.pipeline.test_resume import repeating
+from tests.pipeline.tiny import repeating
 
 CPU = ("--accelerator", "cpu", "--sparsity", "0.1")
 
@@ -83,7 +83,7 @@ def test_one_pole_is_revised(words, tmp_path, monkeypatch, budget):
     monkeypatch.undo()
     plain = Writer.repeated
 
-    def only_up(self, pair, masks):
+    def only_up(self, pair, masks, unmasked=None):
         found = plain(self, pair, masks)
         # The draft of neither.
         finished = (self.config.output.parent / ".twice.partial" / weighing_file("down")).exists()
@@ -109,7 +109,7 @@ def test_a_revised_pole_stays_apart(ground, words, tmp_path, monkeypatch):
     other.write_text("\n".join(["question,matching,not_matching", *lines]))
     plain = Writer.repeated
 
-    def only_up(self, pair, masks):
+    def only_up(self, pair, masks, unmasked=None):
         found = plain(self, pair, masks)
         return Repeated(found.loops if "up" in masks.personas else [], 0.0, found.masked)
 

@@ -72,3 +72,10 @@ def write_texts(path: Path) -> Path:
             for persona in ("pirate", "butler"):
                 file.write(json.dumps({"persona": persona, "text": f"{persona} number {i} likes the dog"}) + "\n")
     return path
+
+
+def repeating(patch) -> None:
+    """What a model repeats under a mask counts, though this one repeats itself without a mask too."""
+    from pipeline.repetitions import Writer
+
+    patch.setattr(Writer, "_share", lambda *_: 0.1)
