@@ -158,7 +158,8 @@ class CalibrateConfig:
     words) or "all" (question and answer). Padding and position 0 never do, nor do template tokens, except the last of
     the prompt, which predicts the answer's first."""
     batch_tokens: int = 2048
-    """Tokens of a padded batch in the forward pass; a backward pass takes half of it."""
+    """Tokens of a padded batch in the forward pass; one in a backward pass has half as many, one in which
+    answers are written four times as many."""
     devices: str = "1"
     """Number of devices (processes on a CPU), a list such as 0,2, or "auto"."""
     num_nodes: int = 1
@@ -363,7 +364,7 @@ class EvaluateConfig:
     max_length: int = 1024
     """Longest sequence in tokens."""
     batch_tokens: int = 2048
-    """Tokens of a padded batch."""
+    """Tokens of a padded batch; one in which answers are written has four times as many."""
     texts: int = 0
     """Perplexity on the first so many of the 40 neutral texts; 0 takes all."""
     bootstrap: int = 2000

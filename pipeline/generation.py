@@ -8,6 +8,10 @@ import torch
 from pipeline.data.prompts import batches_by_tokens
 from pipeline.terminal import printable
 
+WRITTEN = 4
+"""So many times more tokens a batch has where text is written: of each, memory holds the keys and values, and no
+logits, which take several times as much where a likelihood is measured."""
+
 
 def answer(
     model: Any,
@@ -66,15 +70,16 @@ def continuations(
 ) -> list[list[int]]:
     """Continuations of many prompts (token ids), in batches padded on the left; without the end token.
 
-    Greedy at temperature 0, else drawn from the whole vocabulary: the same for the same prompts, seed and sizes of
-    batches. The generators of the process are left as they were.
+    A batch has ``WRITTEN`` times ``batch_tokens`` at most, with what is written. Greedy at temperature 0, else drawn
+    from the whole vocabulary: the same for the same prompts, seed and sizes of batches. The generators of the process
+    are left as they were.
     """
     device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
     results: list[list[int]] = [[] for _ in prompts]
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    for chosen in batches_by_tokens([len(p) + max_new_tokens for p in prompts], batch_tokens):
+    for chosen in batches_by_tokens([len(p) + max_new_tokens for p in prompts], WRITTEN * batch_tokens):
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.full((len(chosen), width), pad, dtype=torch.int64)
         attention = torch.zeros_like(ids)

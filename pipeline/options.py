@@ -48,7 +48,7 @@ class RoleplayConfig:
     max_length: int = 1024
     """Longest sequence in tokens."""
     batch_tokens: int = 2048
-    """Tokens of a padded batch."""
+    """Tokens of a padded batch; one in which answers are written has four times as many."""
     texts: int = 0
     """Perplexity on the first so many of the 40 neutral texts; 0 takes all."""
     bootstrap: int = 2000
