@@ -226,11 +226,11 @@ def _stream(config: CalibrateConfig, catalogue: Any, staging: Path) -> None:
 
 
 def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bool) -> None:
-    """Build the masks, each rank its share, and again those that ``revise`` says; the one that ``writes`` puts them
-    together and writes the manifest."""
+    """Build the masks, each rank its share, and again those that ``revise`` says; the one that ``writes`` puts together
+    what stays and writes the manifest."""
     from pipeline.building import overlaps, shapes_of
     from pipeline.calibration import run_pass
-    from pipeline.revising import recorded_reviews, revise
+    from pipeline.revising import compare, recorded_reviews, revise
     from pipeline.shares import BuildModule, gather
     from pipeline.state import check_files
     from pipeline.store import STATISTICS, load_statistics, save_manifest
@@ -242,6 +242,7 @@ def _build(config: CalibrateConfig, catalogue: Any, staging: Path, *, writes: bo
     run_pass(exact, BuildModule(config, catalogue, staging), inference=False)
     if config.revises and revise(config, catalogue, staging):
         run_pass(exact, BuildModule(config, catalogue, staging), inference=False)
+        compare(config, catalogue, staging)
     if not writes:
         return
     check_files(staging)

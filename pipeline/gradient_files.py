@@ -33,8 +33,13 @@ def weighing_file(name: str) -> str:
 
 
 def review_file(name: str) -> str:
-    """Of ``pipeline.revising``."""
+    """Of ``pipeline.revising``: of a first mask."""
     return f"review-{name}.json"
+
+
+def second_review_file(name: str) -> str:
+    """Of ``pipeline.revising``: of a second mask."""
+    return f"second-review-{name}.json"
 
 
 def revised(folder: Path) -> frozenset[str]:
@@ -42,6 +47,17 @@ def revised(folder: Path) -> frozenset[str]:
     reviews = (json.loads(file.read_bytes()) for file in (folder / AGAIN).glob(review_file("*")))
     found = frozenset(one["pole"] for one in reviews if one["loops"])
     return found if all((folder / AGAIN / gradient_file(pole)).exists() for pole in found) else frozenset()
+
+
+def returned(folder: Path) -> frozenset[str]:
+    """The poles of a run's folder that repeat themselves more under their second masks, and keep their first ones."""
+
+    def repeats(file: Path) -> float:
+        return json.loads(file.read_bytes())["repetition"][1]
+
+    again = folder / AGAIN
+    looked_at = [pole for pole in revised(folder) if (again / second_review_file(pole)).exists()]
+    return frozenset(p for p in looked_at if repeats(again / second_review_file(p)) > repeats(again / review_file(p)))
 
 
 class Gradients:

@@ -2,6 +2,7 @@
 
 A draft shows what a mask may repeat before there is one (``pipeline.drafts``); what a mask does repeat, only itself
 shows. The repetitions under it take the place of the draft's, and the pole's gradient and mask are made a second time.
+Then the second mask is looked at too: where the model repeats itself more under it, the first one stays.
 """
 
 import json
@@ -18,7 +19,7 @@ from pipeline.data.catalogue import Catalogue, PersonaSet
 from pipeline.data.forms import NEUTRAL
 from pipeline.data.prompts import Prompter
 from pipeline.directions import objectives_of, run_objectives
-from pipeline.gradient_files import AGAIN, review_file, weighing_file
+from pipeline.gradient_files import AGAIN, returned, review_file, revised, second_review_file, weighing_file
 from pipeline.gradients import GradientModule
 from pipeline.loading import load_tokenizer
 from pipeline.loops import as_json, from_json
@@ -39,7 +40,7 @@ def revise(config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> bool:
         return False
     prompter = Prompter(load_tokenizer(config.model))
     run_pass(config, ReviewModule(config, folder, catalogue, prompter, masked))
-    seen = {name: found for name in masked if (found := _read(folder, name)).loops}
+    seen = {name: found for name in masked if (found := _read(folder, review_file(name))).loops}
     if not seen:
         return False
     objectives = objectives_of(config, catalogue, prompter)
@@ -53,6 +54,13 @@ def revise(config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> bool:
     return True
 
 
+def compare(config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> None:
+    """Look at the second masks in ``folder`` too. ``pipeline.gradient_files.returned`` says whose first mask stays."""
+    masked = {name: pair for name, pair in reviewed(folder, catalogue).items() if name in revised(folder)}
+    prompter = Prompter(load_tokenizer(config.model))
+    run_pass(config, ReviewModule(config, folder, catalogue, prompter, masked, second=True))
+
+
 def reviewed(folder: Path, catalogue: Catalogue) -> dict[str, PersonaSet]:
     """The poles that have a mask and answers that were weighed, with their pairs. Of a composed persona, nothing of its
     own could be weighed again."""
@@ -61,7 +69,8 @@ def reviewed(folder: Path, catalogue: Catalogue) -> dict[str, PersonaSet]:
 
 
 class ReviewModule(Stage):
-    """Writes under every pole's mask and keeps what is repeated in ``review_file(name)`` in ``folder / AGAIN``.
+    """Writes under every pole's mask, or ``second`` one, and keeps what is repeated in ``review_file(name)``, or
+    ``second_review_file(name)``, in ``folder / AGAIN``.
 
     JSON: ``pole``; ``repetition``, the share of repeated runs of three tokens without a mask and under it; ``loops``,
     the repetitions as token ids with the place where the answer begins, none where they are nothing to turn away from.
@@ -75,12 +84,14 @@ class ReviewModule(Stage):
         catalogue: Catalogue,
         prompter: Prompter,
         poles: dict[str, PersonaSet],
+        *,
+        second: bool = False,
     ) -> None:
         super().__init__(config, folder)
-        self.catalogue, self.prompter, self.poles = catalogue, prompter, poles
+        self.catalogue, self.prompter, self.poles, self.second = catalogue, prompter, poles, second
 
     def is_done(self) -> bool:
-        return all((self.folder / AGAIN / review_file(name)).exists() for name in self.poles)
+        return all(self._file(name).exists() for name in self.poles)
 
     def on_predict_start(self) -> None:
         if self.skipped:
@@ -95,37 +106,48 @@ class ReviewModule(Stage):
         return self.dealt([[name] for name in self.poles])
 
     def predict_step(self, name: str | None, batch_idx: int) -> None:
-        if name is None or self.skipped or (self.folder / AGAIN / review_file(name)).exists():
+        if name is None or self.skipped or self._file(name).exists():
             return
         masks = PersonaMasks(self.shapes, {name: {layer: self.pieces.read(name, layer) for layer in self.shapes}})
         # The drafts were held against the same.
         unmasked, _ = json.loads((self.folder / weighing_file(name)).read_bytes())["repetition"]
         found = self.writer.repeated(self.poles[name], masks, unmasked)
-        note(f"{name}: its answers to calibration questions repeat {found.masked:.0%}, unmasked {found.unmasked:.0%}")
+        mask = "second mask" if self.second else "mask"
+        what = f"repeat {found.masked:.0%}, unmasked {found.unmasked:.0%}"
+        note(f"{name}: answers to calibration questions under its {mask} {what}")
         content = {
             "pole": name,
             "repetition": [found.unmasked, found.masked],
             "loops": [as_json(loop) for loop in found.loops if found.matters],
         }
         (self.folder / AGAIN).mkdir(exist_ok=True)
-        write_json(self.folder / AGAIN / review_file(name), content)
+        write_json(self._file(name), content)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / AGAIN / (second_review_file if self.second else review_file)(name)
 
     def on_predict_end(self) -> None:
         # The others read the files next.
         self.trainer.strategy.barrier("masks reviewed")
 
 
-def _read(folder: Path, name: str) -> Repeated:
-    found = json.loads((folder / AGAIN / review_file(name)).read_bytes())
+def _read(folder: Path, file: str) -> Repeated:
+    found = json.loads((folder / AGAIN / file).read_bytes())
     return Repeated([from_json(one) for one in found["loops"]], *found["repetition"])
 
 
 def recorded_reviews(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, Any]]:
-    """For the manifest: what was repeated under every pole's first mask, and how much it was weighed against."""
-    found = {}
+    """For the manifest: what was repeated under every pole's first mask, and how much it was weighed against; and of
+    poles that have a second one, what was repeated under that, and whether the first stayed."""
+    found: dict[str, dict[str, Any]] = {}
+    stays = returned(folder)
     for name in reviewed(folder, catalogue):
         again = folder / AGAIN / weighing_file(name)
         against = json.loads(again.read_bytes())["against"] if again.exists() else 0.0
-        one = _read(folder, name)
+        one = _read(folder, review_file(name))
         found[name] = {"against": against, "repetition": [one.unmasked, one.masked]}
+        if again.exists():
+            found[name] |= {"again": _read(folder, second_review_file(name)).masked, "returned": name in stays}
+            if name in stays:
+                note(f"{name}: repeats itself more under its second mask, so the first one stays")
     return found

@@ -27,7 +27,7 @@ from pipeline.config import FIRST_ORDER, WHITENED, CalibrateConfig
 from pipeline.data.catalogue import Catalogue
 from pipeline.encoding import bytes_of
 from pipeline.experts import parameter_of
-from pipeline.gradient_files import AGAIN, Gradients, revised
+from pipeline.gradient_files import AGAIN, Gradients, returned, revised
 from pipeline.loading import load_tokenizer
 from pipeline.masks import count_kept
 from pipeline.stats import ActivationStats
@@ -155,32 +155,37 @@ def gather(
             both = (pieces.read(persona, layer) & pieces.read(first[persona], layer) for layer in shapes)
             done.shared[persona] = sum(map(count_kept, both))
     if config.budget:
+        found = {persona: pieces.open(persona, persona).metadata() for persona in catalogue.personas}
         for name in ("factor", "perplexity_increase", "price", "both_price"):
-            done.fitted[name] = {p: float(Decimal(pieces.open(p).metadata()[name])) for p in catalogue.personas}
+            done.fitted[name] = {persona: float(Decimal(one[name])) for persona, one in found.items()}
         if config.holds_margins:
-            done.fitted["apart"] = {p: json.loads(pieces.open(p).metadata()["apart"]) for p in catalogue.personas}
+            done.fitted["apart"] = {persona: json.loads(one["apart"]) for persona, one in found.items()}
     return done
 
 
 class Pieces:
-    """Finished pieces in ``folder``, of ``layers`` each, read one mask at a time."""
+    """Finished pieces in ``folder``, of ``layers`` each, read one mask at a time: of every persona, of the masks that
+    were chosen for it so far, the one that stays."""
 
     def __init__(self, folder: Path, layers: dict[str, list[str]], config: CalibrateConfig) -> None:
-        self.shard, self.whole = shards_of(folder, config), config.budget > 0
+        self.folder, self.shard, self.whole = folder, shards_of(folder, config), config.budget > 0
+        self.returned = returned(folder)
         self._piece = {layer: piece for piece, of in layers.items() for layer in of}
-        self._last: tuple[str, Any] = "", None
+        self._last: tuple[Path, Any] = Path(), None
 
     def read(self, persona: str, layer: str) -> Tensor:
         """Packed bits, uint8 ``[N, ceil(K / 8)]``."""
         if self.whole:
-            return self.open(persona).get_tensor(layer)
-        return self.open(self._piece[layer]).get_tensor(f"{persona}/{layer}")
+            return self.open(persona, persona).get_tensor(layer)
+        return self.open(self._piece[layer], persona).get_tensor(f"{persona}/{layer}")
 
-    def open(self, piece: str) -> Any:
-        """A piece's file. The last one stays open: its header has an entry for every persona, and for every expert."""
-        if self._last[0] != piece:
+    def open(self, piece: str, persona: str) -> Any:
+        """The file of a piece that holds a persona's mask. The last one stays open: its header has an entry for every
+        persona, and for every expert."""
+        file = shard_file(self.folder, piece) if persona in self.returned else self.shard(piece)
+        if self._last[0] != file:
             # pread, not mmap: what is mapped and read counts as resident memory of this process.
-            self._last = piece, safe_open(str(self.shard(piece)), "pt", backend="pread")
+            self._last = file, safe_open(str(file), "pt", backend="pread")
         return self._last[1]
 
 
@@ -190,10 +195,14 @@ def shards_of(folder: Path, config: CalibrateConfig) -> Callable[[str], Path]:
 
     def shard(piece: str) -> Path:
         second = piece in again if config.budget else bool(again)
-        # A layer's name may hold what a file's name may not.
-        return (folder / AGAIN if second else folder) / SHARDS / f"{quote(piece, safe='')}.safetensors"
+        return shard_file(folder / AGAIN if second else folder, piece)
 
     return shard
+
+
+def shard_file(folder: Path, piece: str) -> Path:
+    # A layer's name may hold what a file's name may not.
+    return folder / SHARDS / f"{quote(piece, safe='')}.safetensors"
 
 
 def _size(shape: tuple[int, int]) -> int:

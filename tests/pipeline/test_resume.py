@@ -123,6 +123,7 @@ SECOND = {
     "first gradient again": (gradients.GradientModule, "_finish", 4),
     "second gradient again": (gradients.GradientModule, "_finish", 5),
     "second mask again": (shares, "fit", 3),
+    "second look at the second pole": (revising, "write_json", 3),
     "putting together": (shares, "gather", 0),
 }
 

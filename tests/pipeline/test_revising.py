@@ -12,7 +12,16 @@ from pipeline import calibrate, repetitions
 from pipeline.config import CalibrateConfig
 from pipeline.data.catalogue import load_catalogue
 from pipeline.data.prompts import Prompter
-from pipeline.gradient_files import AGAIN, WEIGHTED, Gradients, gradient_file, review_file, revised, weighing_file
+from pipeline.gradient_files import (
+    AGAIN,
+    WEIGHTED,
+    Gradients,
+    gradient_file,
+    review_file,
+    revised,
+    second_review_file,
+    weighing_file,
+)
 from pipeline.loading import load_model, load_tokenizer
 from pipeline.masks import PersonaMasks
 from pipeline.repetitions import Repeated, Writer
@@ -85,9 +94,11 @@ def test_one_pole_is_revised(words, tmp_path, monkeypatch, budget):
 
     def only_up(self, pair, masks, unmasked=None):
         found = plain(self, pair, masks)
+        staging = staging_of(tmp_path / "twice")
         # The draft of neither.
-        finished = (self.config.output.parent / ".twice.partial" / weighing_file("down")).exists()
-        return Repeated(found.loops if finished and "up" in masks.personas else [], 0.0, found.masked)
+        finished = (staging / weighing_file("down")).exists()
+        again = (staging / AGAIN / gradient_file("up")).exists()
+        return Repeated(found.loops if finished and "up" in masks.personas else [], 0.0, 0.0 if again else found.masked)
 
     monkeypatch.setattr(Writer, "repeated", only_up)
     assert calibrate.main(words(tmp_path / "twice", *options)) == 0
@@ -100,6 +111,42 @@ def test_one_pole_is_revised(words, tmp_path, monkeypatch, budget):
     once, twice = (load_masks(tmp_path / name).bits for name in ("once", "twice"))
     same = {pole: all(torch.equal(bits, twice[pole][layer]) for layer, bits in once[pole].items()) for pole in once}
     assert same == {"up": False, "down": True}
+
+
+@pytest.mark.parametrize("budget", ["", "0"], ids=["budget", "no budget"])
+def test_a_second_mask_that_repeats_more_is_not_taken(words, tmp_path, monkeypatch, capsys, budget):
+    """The first one stays, to the bit; the other pole has its second one."""
+    options = (*CPU, "--max-perplexity-increase", budget) if budget else CPU
+    repeating(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.revising.compare", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate.main(words(tmp_path / "out", *options))
+    staging = staging_of(tmp_path / "out")
+    files = (second_review_file(pole) for pole in ("up", "down"))
+    for file, share in zip(files, (1.0, 0.0), strict=True):
+        (staging / AGAIN / file).write_text(json.dumps({"repetition": [0.1, share], "loops": []}))
+    first, again = (pieces(folder) for folder in (staging, staging / AGAIN))
+    assert calibrate.main(["--resume", str(tmp_path / "out")]) == 0
+    found, manifest = load_masks(tmp_path / "out").bits, load_manifest(tmp_path / "out")
+    for pole, stays in (("up", first), ("down", again)):
+        assert all(torch.equal(bits, stays[pole][layer]) for layer, bits in found[pole].items())
+        assert any(not torch.equal(bits, again[pole][layer]) for layer, bits in first[pole].items())
+    assert {name: (one["again"], one["returned"]) for name, one in manifest["revised"].items()} == {
+        "up": (1.0, True),
+        "down": (0.0, False),
+    }
+    assert "up: repeats itself more under its second mask" in capsys.readouterr().err
+
+
+def pieces(folder):
+    """The masks in ``folder / SHARDS``, by persona and layer: a file for each persona, or for each layer."""
+    found = {"up": {}, "down": {}}
+    for file in (folder / SHARDS).iterdir():
+        for key, bits in load_file(str(file)).items():
+            persona, layer = key.split("/") if "/" in key else (file.stem, key)
+            found[persona][layer] = bits
+    return found
 
 
 def test_a_revised_pole_stays_apart(ground, words, tmp_path, monkeypatch):
