@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.config import FIRST_ORDER
 from pipeline.criteria import least_important, pooled_rms
 from pipeline.masks import PersonaMasks
+from pipeline.pooling import Pooled
 from pipeline.stacking import base_masks
 from pipeline.stats import ActivationStats
 from pipeline.store import STATISTICS, load_statistics
@@ -41,9 +42,10 @@ def _pool(model: Any, run: Path, pole: str, other: str, base: PersonaMasks | Non
         return None
     stats = run_statistics(run, manifest)
     site = {linear: site.name for site in stats.sites for linear in site.linears}
+    pooled = Pooled(stats, manifest["options"].get("expert_tokens", 1))
 
     def pool(layer: str) -> Tensor:
-        own, opponent = (stats.channels(persona, site[layer]) for persona in (pole, other))
+        own, opponent = pooled.channels((pole, other), site[layer])
         weight = model.weight(layer).detach().cpu()
         if base:
             weight = weight * base.mask(base.personas[0], layer)

@@ -83,10 +83,7 @@ class NeutralMasks:
         )
 
     def _channels(self, personas: Sequence[str | None], site: str) -> list[Any]:
-        stats = self._statistics
-        pooled = Pooled(stats, self.manifest["options"].get("expert_tokens", 1))
-        channels = pooled.of if pooled.needed(site, personas) else stats.channels
-        return [persona and channels(persona, site) for persona in personas]
+        return Pooled(self._statistics, self.manifest["options"].get("expert_tokens", 1)).channels(personas, site)
 
     def _slopes(self, name: str) -> Slopes:
         def matrix(value: Tensor) -> Tensor:

@@ -14,13 +14,16 @@ from kernels.experts import MaskedExperts, experts_forward, is_experts, plain_pr
 from kernels.ops.activation_stats import COUNTED, FIELDS, IGNORED, SINK
 from pipeline import calibrate
 from pipeline.collector import Collector
+from pipeline.controls import add_random
+from pipeline.criteria import least_important
+from pipeline.data.catalogue import PersonaSet
 from pipeline.errors import UserError
 from pipeline.experts import find_experts
 from pipeline.masks import PersonaMasks
 from pipeline.model import PersonaModel
 from pipeline.sites import find_layers, find_sites
 from pipeline.stats import ActivationStats
-from pipeline.store import STATISTICS, load_manifest, load_masks, load_statistics
+from pipeline.store import STATISTICS, load_manifest, load_masks, load_statistics, save_statistics
 from tests.pipeline.test_families import GROUPED
 from tests.pipeline.tiny import make_tokenizer
 
@@ -294,3 +297,27 @@ def test_a_run_from_calibration_to_switching(family, words, tmp_path, capsys):
     ids = torch.tensor([model.tokenizer("What do you do?").input_ids])
     with torch.inference_mode():
         assert not torch.equal(model.switch("up").model(ids).logits, model.switch(None).model(ids).logits)
+
+
+def test_random_masks_of_experts_that_saw_too_few_tokens(words, tmp_path):
+    """Drawn from the same pool as the run's own: of an expert that no token reached, that of its layer's experts."""
+    folder, run = save("mixtral", tmp_path / "model"), tmp_path / "run"
+    options = ("--criterion", "first-order", "--loops", "0", "--max-perplexity-increase", "0", "--sparsity", "0.1")
+    assert calibrate.main(words(run, *options, "--expert-tokens", "60", "--pool", "0.4", model=folder)) == 0
+    few = load_manifest(run)["pooled_experts"]["up"]
+    stats = load_statistics(run / STATISTICS)
+    for name in few[:2]:
+        # As if no token had reached it.
+        for tensor in (stats.sums[name], stats.routed[name]):
+            tensor[0] = 0
+    save_statistics(stats, run / STATISTICS)
+    model = PersonaModel.from_pretrained(run)
+    (names,) = add_random(model, run, PersonaSet("up", "down", (), "test"), 1, seed=0)
+    outside = 0
+    for name in set(few) & model.masks.shapes.keys():
+        group = [s.name for s in stats.sites if s.routed and s.name.rpartition(".")[0] == name.rpartition(".")[0]]
+        square = sum(stats.sums[n][:2, FIELDS.index("square")].sum(0) for n in group)
+        pool = least_important(model.weight(name), square.sqrt().float(), 0.4)
+        outside += int((~model.masks.mask(names["up"], name) & ~pool).sum())
+        assert model.masks.mask(names["up"], name).sum() == model.masks.mask("up", name).sum()
+    assert outside == 0
