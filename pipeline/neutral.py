@@ -68,13 +68,13 @@ class NeutralMasks:
         signed = self.manifest["criterion"] in FIRST_ORDER
         factor = self.manifest["sparsity"].get("factor", {}).get(pair.plus, 1)
         sparsity = Sparsity.parse(options["sparsity"]).scaled(Decimal(str(factor)))
-        own, opponent = self._channels((pair.plus, pair.minus) if signed else (NEUTRAL, None), site)
+        own, *opponent = self._channels((pair.plus, pair.minus) if signed else (NEUTRAL,), site)
         return Layer(
             name,
             weight,
             NEUTRAL,
             own,
-            opponent,
+            opponent[0] if opponent else None,
             sparsity.keep(name, weight.shape[1]),
             seed=options["seed"],
             slopes=self._slopes(name) if signed else None,
@@ -82,7 +82,7 @@ class NeutralMasks:
             evidence=options["evidence"],
         )
 
-    def _channels(self, personas: Sequence[str | None], site: str) -> list[Any]:
+    def _channels(self, personas: Sequence[str], site: str) -> list[Any]:
         return Pooled(self._statistics, self.manifest["options"].get("expert_tokens", 1)).channels(personas, site)
 
     def _slopes(self, name: str) -> Slopes:

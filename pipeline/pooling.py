@@ -33,10 +33,10 @@ class Pooled:
         """For all of the personas or for none: statistics of one expert and of all experts do not compare."""
         return site in self._routed and min(self.stats.tokens(p, site) for p in personas if p) < self.least
 
-    def channels(self, personas: Sequence[str | None], site: str) -> list[ChannelStats | None]:
-        """Every persona's means at a site, or over its layer's experts where they are needed; None for None."""
+    def channels(self, personas: Sequence[str], site: str) -> list[ChannelStats]:
+        """Every persona's means at a site, or over its layer's experts where they are needed."""
         of = self.of if self.needed(site, personas) else self.stats.channels
-        return [of(persona, site) if persona else None for persona in personas]
+        return [of(persona, site) for persona in personas]
 
     def of(self, persona: str, layer: str) -> ChannelStats:
         """The means over all experts beside ``layer``. Raises UserError if no token reached any."""
