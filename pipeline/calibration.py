@@ -27,7 +27,7 @@ from pipeline.progress import Throughput
 from pipeline.ranks import Ranks
 from pipeline.sharding import Sharded, load_sharded
 from pipeline.signals import told, unbroken
-from pipeline.sites import Site, check_causal, find_sites, measurable, probe
+from pipeline.sites import Site, check_causal, find_sites, measurable, other_linears, probe
 from pipeline.stacking import Base, pruned
 from pipeline.state import check_files
 from pipeline.stats import ActivationStats
@@ -256,6 +256,8 @@ def report_coverage(model: Any, sites: list[Site], unused: list[str]) -> None:
         )
     if unused:
         note(f"{len(unused)} linear layers are never called and stay whole: {', '.join(unused[:5])}")
+    if others := other_linears(model):
+        note(f"{len(others)} layers are no plain products of their input and weight, and stay whole: {others[0]}, ...")
     if unknown := other_expert_parameters(model):
         note(
             f"mixture-of-experts: {len(unknown)} expert weights are 3-d parameters of other modules, and stay whole "

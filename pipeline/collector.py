@@ -104,12 +104,13 @@ class Collector:
             if self._batch is None:
                 return
             role, persona = self._batch
-            x = inputs[0]
-            # Some models (OPT) flatten batch and time in front of their linears.
-            x = x if x.dim() == 3 else x.reshape(*role.shape, x.shape[-1])
-            calls = self._calls[site] = self._calls.get(site, 0) + 1
-            if site not in self._counted:
-                self._add(site, self._sum(site, x, role, persona, calls))
+            read = _by_token(site, inputs[0], role)
+            if len(read) > 1:
+                self._several.add(site)
+            for x in read:
+                calls = self._calls[site] = self._calls.get(site, 0) + 1
+                if site not in self._counted:
+                    self._add(site, self._sum(site, x, role, persona, calls))
 
         return before
 
@@ -203,3 +204,17 @@ class Collector:
             f"layer {list(self._bad)[layer]}: NaN, infinity or overflow in the input for sample {sources[sample]}"
             f" ({int(flags.any(0).sum())} of {len(sources)} samples of the batch); try another --precision"
         )
+
+
+def _by_token(site: str, x: Tensor, role: Tensor) -> Sequence[Tensor]:
+    """What a layer reads of the tokens of ``role`` ``[B, T]``, ``[B, T, K]``, as often as it reads them.
+
+    Raises UserError if the shape of ``x`` does not say what is whose.
+    """
+    if x.shape[:-1].numel() == role.numel():
+        # Some models (OPT) flatten batch and time in front of their linears.
+        return [x if x.dim() == 3 else x.reshape(*role.shape, x.shape[-1])]
+    if x.dim() > 3 and x.shape[:2] == role.shape:
+        # Several vectors a token, such as one a head: as if the layer were called with each.
+        return x.flatten(2, -2).unbind(2)
+    raise UserError(f"layer {site} reads {list(x.shape)} of {list(role.shape)} tokens; exclude it (--exclude)")

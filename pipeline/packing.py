@@ -108,6 +108,9 @@ def _beginning(model: Any, packed: Packed) -> Any:
     ids = packed.prefix.unsqueeze(0)
     cache = model(input_ids=ids, use_cache=True, **last_logits(model, 1, packed.skipped)).past_key_values
     for layer in cache.layers:
+        # Layers that attend to an earlier one's keys and values (Gemma 3n) have none of their own.
+        if layer.keys is None:
+            continue
         layer.keys = layer.keys.expand(len(packed.ids), *layer.keys.shape[1:])
         layer.values = layer.values.expand(len(packed.ids), *layer.values.shape[1:])
     return cache

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from pipeline.config import FIRST_ORDER, CalibrateConfig
 from pipeline.errors import UserError
@@ -101,12 +104,44 @@ def _linears(model: Any, include: str, exclude: str) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         check_plain(name, module)
-        if not (isinstance(module, nn.Linear) or is_transposed(module)):
+        if not (is_transposed(module) or (isinstance(module, nn.Linear) and is_product(module))):
             continue
         if module is head or id(module.weight) in tied or not chosen(name):
             continue
         found[name] = module
     return found
+
+
+@torch.no_grad()
+def is_product(module: nn.Linear) -> bool:
+    """Is what ``module`` returns ``x W^T + b``? Subclasses may quantise, take their input in groups, or return a choice
+    of experts; a mask's product would not be theirs. Of one without its weights, only the output's shape is looked at.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weights: dict[str, Tensor] = dict(module.named_parameters())
+    known = not any(p.is_meta or isinstance(p, DTensor) for p in weights.values())
+    if not known:
+        weights = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in weights.items()}
+    weight = weights["weight"]
+    options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], **options).view(1, 2, -1)
+    try:
+        found = functional_call(module, weights, (x,))
+    except (RuntimeError, TypeError, ValueError):
+        # It does not take ``[B, T, K]``.
+        return False
+    expected = F.linear(x, weight, weights.get("bias"))
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    scale = expected.abs().max() if known else 0.0
+    return not known or torch.allclose(found, expected, rtol=0, atol=float(0.01 * scale), equal_nan=True)
+
+
+def other_linears(model: Any) -> list[str]:
+    """Linear layers by their class that do not compute a product of their own input, each with its class's name."""
+    linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return [f"{name} ({type(module).__name__})" for name, module in linears if not is_product(module)]
 
 
 def _left(found: dict[str, Any], include: str, exclude: str) -> dict[str, Any]:

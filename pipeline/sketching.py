@@ -83,7 +83,8 @@ class Sketcher:
         rows, columns, place = self._drawn(name)
 
         def forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self._width:
+            # What a model computes without gradients (a cycle before the last, a choice of tokens) has none to look at.
+            if not self._width or not torch.is_grad_enabled():
                 return None
             x, out, width, start = inputs[0].detach(), self._out, self._width, self._from
             if x.shape[:-1].numel() != len(out) * width:
@@ -114,7 +115,7 @@ class Sketcher:
 
             def product(parameter: str, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
                 output, name = plain(parameter, expert, x, tokens), names.get((parameter, expert))
-                if name is None or not width:
+                if name is None or not width or not torch.is_grad_enabled():
                     return output
                 output = _looked_at(output)
                 rows, columns, place = self._drawn(name)

@@ -9,7 +9,7 @@ from kernels.ops.activation_stats import COUNTED, FIELDS, IGNORED, SINK
 from pipeline.collector import Collector
 from pipeline.errors import UserError
 from pipeline.experts import other_expert_parameters
-from pipeline.sites import find_linears, find_sites
+from pipeline.sites import Site, find_linears, find_sites, other_linears
 from pipeline.stats import ActivationStats
 
 GROUPED = {
@@ -192,3 +192,58 @@ def test_a_layer_that_is_called_more_often_than_it_was_is_an_error(llama):
     with pytest.raises(UserError, match="called twice"), collector.collecting(), collector.batch(role, persona, ["s"]):
         llama(input_ids=torch.ones(1, 4, dtype=torch.int64))
     assert not any(m._forward_pre_hooks for m in llama.modules())
+
+
+def test_linear_layers_that_compute_something_else_stay_whole(llama):
+    """Routers that return a choice, layers that quantise or group; but not one that writes the product its own way."""
+
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return torch.topk(super().forward(x), 2)
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, x):
+            return torch.einsum("btgk,gnk->btgn", x, self.weight.view(4, 8, 32))
+
+    class Quantising(torch.nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight.sign(), self.bias)
+
+    class Written(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    plain, block = find_linears(llama), llama.model.layers[0]
+    for device in ("cpu", "meta"):
+        layers = {kind.__name__: kind(32, 32, device=device) for kind in (Router, Grouped, Quantising, Written)}
+        block.others = torch.nn.ModuleDict(layers)
+        # Without weights, only the shape of what comes out tells.
+        kept = {"Written"} | ({"Quantising"} if device == "meta" else set())
+        assert find_linears(llama).keys() - plain.keys() == {f"model.layers.0.others.{name}" for name in kept}
+        assert set(other_linears(llama)) == {f"model.layers.0.others.{name} ({name})" for name in layers.keys() - kept}
+
+
+def test_a_layer_that_reads_several_vectors_a_token():
+    """The mean over them; a shape that does not say what is whose is an error with the layer's name."""
+    layer = torch.nn.Linear(8, 4)
+    site = Site("layer", 8, ("layer",))
+    role, persona = torch.full((2, 5), COUNTED, dtype=torch.uint8), torch.tensor([0, 0])
+    role[:, 0], role[1, 3:] = SINK, IGNORED
+    x = torch.randn(2, 5, 3, 8)
+    model = torch.nn.ModuleDict({"layer": layer})
+    collector = Collector(model, ActivationStats.zeros(("a",), [site]))
+    with torch.no_grad(), collector.collecting(), collector.batch(role, persona, ["x", "y"]):
+        layer(x)
+    sums = collector.stats.sums["layer"][0]
+    counted = [[x[b, :, h][role[b] == COUNTED].double() for h in range(3)] for b in range(2)]
+    for field, of in (("rms", lambda c: c.square().mean(0).sqrt()), ("abs", lambda c: c.abs().sum(0))):
+        expected = sum(torch.stack([of(c) for c in every]).mean(0) for every in counted)
+        torch.testing.assert_close(sums[FIELDS.index(field)], expected)
+    assert collector.stats.counts.tolist() == [[2, 6, 2]]
+    with (
+        pytest.raises(UserError, match=r"layer layer reads \[7, 8\] of \[2, 5\] tokens"),
+        torch.no_grad(),
+        collector.collecting(),
+        collector.batch(role, persona, ["x", "y"]),
+    ):
+        layer(torch.randn(7, 8))

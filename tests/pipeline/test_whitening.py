@@ -186,3 +186,22 @@ def test_a_layer_that_reads_some_tokens_only_is_named(ground):
     assert sketcher.scattered == {name}
     assert not sketches[:, sketcher.coordinates.places[name]].any()
     assert sketches.any()
+
+
+def test_passes_without_gradients_are_not_looked_at(ground):
+    """Some models differentiate their last cycle only."""
+    model = load_model(str(ground.llama)).requires_grad_(False)
+    linears, batch = find_linears(model), list(answers())
+    with sketching(linears, Coordinates(linears, 0, 500), 0) as sketcher:
+        expected = sketcher.sketch(model, batch, 0).clone()
+    block = model.model.layers[1].mlp
+    plain = block.forward
+
+    def twice(x):
+        with torch.no_grad():
+            plain(x)
+        return plain(x)
+
+    block.forward = twice
+    with sketching(linears, Coordinates(linears, 0, 500), 0) as sketcher:
+        assert torch.equal(sketcher.sketch(model, batch, 0), expected)
