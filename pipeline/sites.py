@@ -54,7 +54,7 @@ def matrix(module: Any) -> Tensor:
 
 
 def find_linears(model: Any, include: str = "", exclude: str = "") -> dict[str, nn.Module]:
-    """Every linear layer by name, without the output head (and whatever shares the embedding's weight).
+    """Every linear layer of the base model by name, without what shares the embedding's weight.
 
     ``include`` and ``exclude`` are regular expressions searched in the layer's name; empty means all
     and none. Raises UserError for quantised layers, a bad expression, or if nothing is left.
@@ -100,13 +100,14 @@ def maskable(model: Any, config: CalibrateConfig) -> dict[str, Any]:
 def _linears(model: Any, include: str, exclude: str) -> dict[str, nn.Module]:
     chosen = _chooser(include, exclude)
     tied = {id(module.weight) for module in _embeddings(model)}
-    head = model.get_output_embeddings()
+    head, inside = model.get_output_embeddings(), {id(module) for module in model.base_model.modules()}
     found = {}
     for name, module in model.named_modules():
         check_plain(name, module)
         if not (is_transposed(module) or (isinstance(module, nn.Linear) and is_product(module))):
             continue
-        if module is head or id(module.weight) in tied or not chosen(name):
+        # Some heads are a linear layer more (ModernBERT's); statistics do not run them.
+        if module is head or id(module) not in inside or id(module.weight) in tied or not chosen(name):
             continue
         found[name] = module
     return found

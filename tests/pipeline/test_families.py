@@ -247,3 +247,13 @@ def test_a_layer_that_reads_several_vectors_a_token():
         collector.batch(role, persona, ["x", "y"]),
     ):
         layer(torch.randn(7, 8))
+
+
+def test_a_linear_layer_of_the_head_stays_whole():
+    """ModernBERT's head has one more, which a pass of the base model for statistics does not run."""
+    options = SMALL | {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(transformers.ModernBertDecoderConfig(**options))
+    assert isinstance(model.lm_head.dense, torch.nn.Linear)
+    found = find_linears(model)
+    assert found
+    assert all(name.startswith("model.") for name in found)
