@@ -59,6 +59,8 @@ def compare(config: CalibrateConfig, catalogue: Catalogue, folder: Path) -> None
     masked = {name: pair for name, pair in reviewed(folder, catalogue).items() if name in revised(folder)}
     prompter = Prompter(load_tokenizer(config.model))
     run_pass(config, ReviewModule(config, folder, catalogue, prompter, masked, second=True))
+    for name in sorted(returned(folder)):
+        note(f"{name}: repeats itself more under its second mask, so the first one stays")
 
 
 def reviewed(folder: Path, catalogue: Catalogue) -> dict[str, PersonaSet]:
@@ -148,6 +150,4 @@ def recorded_reviews(folder: Path, catalogue: Catalogue) -> dict[str, dict[str, 
         found[name] = {"against": against, "repetition": [one.unmasked, one.masked]}
         if again.exists():
             found[name] |= {"again": _read(folder, second_review_file(name)).masked, "returned": name in stays}
-            if name in stays:
-                note(f"{name}: repeats itself more under its second mask, so the first one stays")
     return found
