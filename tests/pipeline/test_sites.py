@@ -51,6 +51,8 @@ def test_grouping_by_identity_and_not_by_value():
             return y + self.b(x)
 
     class Model(nn.Module):
+        base_model = property(lambda self: self)
+
         def __init__(self, change):
             super().__init__()
             self.embed, self.block = nn.Embedding(9, 4), Block(change)
@@ -183,6 +185,7 @@ def test_nothing_left_beyond_the_skipped_blocks(llama):
 def test_a_model_without_a_list_of_blocks_skips_none_unless_told_to():
     class Odd(nn.Module):
         config = transformers.LlamaConfig(**GROUPED)
+        base_model = property(lambda self: self)
 
         def __init__(self):
             super().__init__()
