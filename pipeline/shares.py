@@ -171,7 +171,7 @@ class Pieces:
         self.folder, self.shard, self.whole = folder, shards_of(folder, config), config.budget > 0
         self.returned = returned(folder)
         self._piece = {layer: piece for piece, of in layers.items() for layer in of}
-        self._last: tuple[Path, Any] = Path(), None
+        self._last: tuple[tuple[str, bool], Any] = ("", False), None
 
     def read(self, persona: str, layer: str) -> Tensor:
         """Packed bits, uint8 ``[N, ceil(K / 8)]``."""
@@ -182,10 +182,11 @@ class Pieces:
     def open(self, piece: str, persona: str) -> Any:
         """The file of a piece that holds a persona's mask. The last one stays open: its header has an entry for every
         persona, and for every expert."""
-        file = shard_file(self.folder, piece) if persona in self.returned else self.shard(piece)
-        if self._last[0] != file:
+        which = piece, persona in self.returned
+        if self._last[0] != which:
+            file = shard_file(self.folder, piece) if persona in self.returned else self.shard(piece)
             # pread, not mmap: what is mapped and read counts as resident memory of this process.
-            self._last = file, safe_open(str(file), "pt", backend="pread")
+            self._last = which, safe_open(str(file), "pt", backend="pread")
         return self._last[1]
 
 
