@@ -98,6 +98,17 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     return _OPS[op].present[choose(op, device)].function
 
 
+def after(op: str, backend: str, device: str) -> Callable[..., Any]:
+    """The function of the best backend of ``op`` behind ``backend``, which leaves some inputs to it."""
+    entry = _OPS[op]
+    for name in PREFERENCE[PREFERENCE.index(backend) + 1 :]:
+        if name in entry.present and entry.present[name].runs_on(device):
+            return entry.present[name].function
+        if name in entry.missing and device in entry.missing[name][1]:
+            _warn_once(op, name, entry.missing[name][0])
+    raise BackendError(f"op {op!r} has no backend behind {backend!r} for device {device!r}")
+
+
 def explain() -> dict[str, dict[str, str]]:
     """For every op: each backend's state ("present..." or "missing: " and why) and the choice per device."""
     import torch

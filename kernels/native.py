@@ -38,19 +38,19 @@ def problem() -> str | None:
     return None
 
 
-def register(op: str, function: Callable[..., Any], *, cuda: bool = False) -> None:
+def register(op: str, function: Callable[..., Any], *, cuda: Callable[..., Any] | None = None) -> None:
     """Register ``function`` as the cpp backend of ``op``, or the reason why there is none.
 
-    ``cuda``: the library's op has a kernel for CUDA devices too, which is the cuda backend.
+    ``cuda``: the function of the cuda backend, if the library has kernels for CUDA devices too.
     """
     reason = problem()
     _register(op, "cpp", function, reason, "cpu")
-    if cuda:
+    if cuda is not None:
         if reason is None and not torch.ops.persona_native.has_cuda():
             reason = (
                 "the native ops are built without CUDA; PERSONA_BUILD=cuda demands it (nvcc, a CUDA build of torch)"
             )
-        _register(op, "cuda", function, reason, "cuda")
+        _register(op, "cuda", cuda, reason, "cuda")
 
 
 def _register(op: str, backend: str, function: Callable[..., Any], reason: str | None, device: str) -> None:

@@ -82,7 +82,7 @@ def test_cuda_is_missing_with_what_to_do(op):
 def test_cuda_kernels_are_a_backend_of_their_own(monkeypatch):
     monkeypatch.setattr(backends, "_OPS", {})
     monkeypatch.setattr(torch.ops.persona_native, "has_cuda", lambda: True)
-    native.register("op", lambda: "native", cuda=True)
+    native.register("op", lambda: "native", cuda=lambda: "native")
     assert backends.choose("op", "cpu") == "cpp"
     assert backends.choose("op", "cuda") == "cuda"
     assert backends.implementation("op", "cuda")() == "native"

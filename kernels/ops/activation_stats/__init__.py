@@ -99,5 +99,5 @@ def _(x: Tensor, role: Tensor, persona: Tensor, sums: Tensor, spans: Tensor | No
 
 
 backends.register("activation_stats", "reference", activation_stats_reference)
-native.register("activation_stats", activation_stats_cpp, cuda=True)
+native.register("activation_stats", activation_stats_cpp, cuda=activation_stats_cpp)
 triton_backend.register("activation_stats", "kernels.ops.activation_stats.triton", "activation_stats_triton")

@@ -65,7 +65,7 @@ def _(scores: Tensor, keep: int, tiebreak: Tensor | None = None) -> Tensor:
 
 backends.register("mask_select", "reference", mask_select_reference)
 backends.register("mask_select_scores", "reference", mask_select_scores_reference)
-native.register("mask_select", mask_select_cpp, cuda=True)
-native.register("mask_select_scores", mask_select_scores_cpp, cuda=True)
+native.register("mask_select", mask_select_cpp, cuda=mask_select_cpp)
+native.register("mask_select_scores", mask_select_scores_cpp, cuda=mask_select_scores_cpp)
 triton_backend.register("mask_select", "kernels.ops.mask_select.triton", "mask_select_triton")
 triton_backend.register("mask_select_scores", "kernels.ops.mask_select.triton", "mask_select_scores_triton")

@@ -9,6 +9,7 @@ from kernels import backends, native, triton_backend
 from kernels.ops import checks
 from kernels.ops.eager import plain
 from kernels.ops.masked_linear.cpp import masked_linear_cpp
+from kernels.ops.masked_linear.cuda import masked_linear_cuda
 from kernels.ops.masked_linear.reference import masked_linear_backward_reference, masked_linear_reference
 
 
@@ -94,5 +95,5 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, persona: Tensor, ga
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 backends.register("masked_linear", "reference", masked_linear_reference)
-native.register("masked_linear", masked_linear_cpp)
+native.register("masked_linear", masked_linear_cpp, cuda=masked_linear_cuda)
 triton_backend.register("masked_linear", "kernels.ops.masked_linear.triton", "masked_linear_triton")

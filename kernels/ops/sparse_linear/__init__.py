@@ -10,6 +10,7 @@ from kernels.ops import checks
 from kernels.ops.eager import plain
 from kernels.ops.pack_bits import pack_bits, unpack_bits
 from kernels.ops.sparse_linear.cpp import sparse_linear_cpp
+from kernels.ops.sparse_linear.cuda import sparse_linear_cuda
 from kernels.ops.sparse_linear.reference import sparse_linear_reference
 
 PADDING = 64
@@ -96,5 +97,5 @@ def _(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | N
 
 
 backends.register("sparse_linear", "reference", sparse_linear_reference)
-native.register("sparse_linear", sparse_linear_cpp)
+native.register("sparse_linear", sparse_linear_cpp, cuda=sparse_linear_cuda)
 triton_backend.register("sparse_linear", "kernels.ops.sparse_linear.triton", "sparse_linear_triton")
