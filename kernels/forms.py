@@ -9,6 +9,8 @@ FORMS = ("masked", "correction")
 
 LISTED_DENSITY = {"cuda": 0.98, "cpu": 0.99}
 """Masks that keep less are never listed unless that is forced."""
+COMPILED_DENSITY = 0.99
+"""The same where the compiled CUDA kernels multiply, which read masks faster: in half precision."""
 NARROW = ("avx2", "portable")
 """Instruction sets that have no masks in their instructions."""
 
@@ -21,7 +23,12 @@ def worth_listing(
         return False
     if device == "cpu" and not (dtype == torch.float32 and instructions in NARROW):
         return False
-    return personas > 1 and density >= LISTED_DENSITY.get(device, math.inf)
+    least = COMPILED_DENSITY if _compiled(dtype, device, instructions) else LISTED_DENSITY.get(device, math.inf)
+    return personas > 1 and density >= least
+
+
+def _compiled(dtype: torch.dtype, device: str, instructions: str) -> bool:
+    return device == "cuda" and instructions == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def choose_form(
@@ -30,7 +37,7 @@ def choose_form(
     """One of ``FORMS`` for M rows of x, a weight ``[N, K]`` and masks of which the least dense keeps ``density``.
 
     ``personas`` is how many the rows may have (1: all have one), ``device`` a device type, ``instructions`` what
-    ``kernels.native.instruction_set`` says. Lists need K <= 2^16.
+    ``kernels.native.program`` says of it. Lists need K <= 2^16.
 
     Measured with 4096 x 4096 weights, one thread with AVX-512 (milliseconds, dense product of torch, masked, correction
     with 2 % removed): one row in float32 4.6, 4.8, 5.0, 16 rows of 16 personas 15.9, 13.0, 16.6, 64 rows 21.8, 22.7,
@@ -52,8 +59,14 @@ def choose_form(
       at 2 %, 115, 96 at 5 %; float32 150, 82 and 150, 103 and 150, 153). A row costs 7 masked and 2 to 3 by lists,
       beside 12 for the dense product: from 4 rows on. Beyond 16 rows masked tiles make a pass for every persona (64
       rows of 16 personas 290 in bfloat16).
+    - With the compiled CUDA kernels in half precision masks cost 3 us a row with a persona of its own (4, 8, 16 and 32
+      rows of as many personas, the last of 16: 20, 31, 55, 66): the lists for 8 to 31 rows, up to 1 % removed (16 rows
+      54, 40 at 1 % and 54, 58 at 2 %).
     """
     if not worth_listing(K, density, personas, dtype, device, instructions):
         return "masked"
-    listed = 4 <= M <= 64 if device == "cuda" else personas >= 4 and M <= 32
+    if _compiled(dtype, device, instructions):
+        listed = 8 <= M < 32
+    else:
+        listed = 4 <= M <= 64 if device == "cuda" else personas >= 4 and M <= 32
     return "correction" if listed else "masked"

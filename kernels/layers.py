@@ -155,11 +155,11 @@ class MaskedLinear(nn.Module):
     def list_removed(self) -> None:
         """Make what the forms need besides ``bits``; to be called again by whoever writes to ``bits``."""
         # Asked now: a graph that is compiled later knows it as a constant.
-        self.instructions = native.instruction_set()
+        self.programs = {device: native.program(device) for device in ("cpu", "cuda")}
         kept = [int(unpack_bits(packed, self.in_features).sum()) for packed in self.bits]
         self.density = min(kept, default=1) / (self.out_features * self.in_features) if self.bits.numel() else 1.0
         weight = self.weight
-        kind = weight.dtype, weight.device.type, self.instructions
+        kind = weight.dtype, weight.device.type, self.programs.get(weight.device.type, "")
         wanted = worth_listing(self.in_features, self.density, len(kept), *kind)
         listed = self.form == "correction" or (self.form is None and bool(kept) and not self.transposed and wanted)
         self._columns, self._offsets = removed_lists(self.bits, self.in_features) if listed else (None, None)
@@ -231,7 +231,7 @@ class MaskedLinear(nn.Module):
         if self._columns is not None and self._offsets is not None and not learns:
             personas = 1 if self.selector.mode == "uniform" else len(self.selector._choice)
             sizes = rows.shape[0], self.out_features, self.in_features
-            kind = rows.dtype, rows.device.type, self.instructions
+            kind = rows.dtype, rows.device.type, self.programs.get(rows.device.type, "")
             form = self.form or choose_form(*sizes, self.density, personas, *kind)
             if form == "correction":
                 return correction_linear(rows, weight, self._columns, self._offsets, persona, gamma, bias)

@@ -46,7 +46,7 @@ def register(op: str, function: Callable[..., Any], *, cuda: Callable[..., Any] 
     reason = problem()
     _register(op, "cpp", function, reason, "cpu")
     if cuda is not None:
-        if reason is None and not torch.ops.persona_native.has_cuda():
+        if reason is None and not has_cuda():
             reason = (
                 "the native ops are built without CUDA; PERSONA_BUILD=cuda demands it (nvcc, a CUDA build of torch)"
             )
@@ -68,6 +68,21 @@ def instruction_sets() -> list[str]:
 def instruction_set() -> str:
     """The instruction set in use; empty without the library."""
     return torch.ops.persona_native.instruction_set() if problem() is None else ""
+
+
+def has_cuda() -> bool:
+    """Whether the library has kernels for CUDA devices."""
+    return problem() is None and torch.ops.persona_native.has_cuda()
+
+
+def program(device: str) -> str:
+    """What multiplies on a device type: the instruction set on "cpu", "cuda" where kernels are compiled for it.
+
+    Empty for neither.
+    """
+    if device == "cpu":
+        return instruction_set()
+    return "cuda" if device == "cuda" and has_cuda() else ""
 
 
 def use_instruction_set(name: str) -> None:

@@ -8,7 +8,15 @@ from torch.nn import functional as F
 from kernels import SparseWeight, correction_linear, removed_lists, sparse_linear
 from kernels.ops.pack_bits import pack_bits
 
-SHAPES = [(1, 576, 1536), (16, 576, 576), (1, 4096, 4096), (5, 1024, 4096), (300, 576, 1536), (19, 33, 70), (3, 100, 96)]
+SHAPES = [
+    (1, 576, 1536),
+    (16, 576, 576),
+    (1, 4096, 4096),
+    (5, 1024, 4096),
+    (300, 576, 1536),
+    (19, 33, 70),
+    (3, 100, 96),
+]
 
 
 def problem(MNK, dtype, density):

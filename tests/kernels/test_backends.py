@@ -64,6 +64,16 @@ def test_without_compiled_cuda_it_is_said_what_is_slower(ops):
         backends.choose("other", "cuda")
 
 
+def test_what_comes_after_a_backend(ops):
+    backends.register("op", "cuda", make("op cuda"), devices=("cuda",))
+    assert backends.after("op", "cuda", "cuda")() == "op triton"
+    backends.register_missing("other", "triton", "not installed", devices=("cuda",))
+    with pytest.warns(UserWarning, match="other: backend 'triton' is missing, a slower one is used: not installed"):
+        assert backends.after("other", "cuda", "cuda")() == "other reference"
+    with pytest.raises(backends.BackendError, match="'op' has no backend behind 'reference' for device 'cpu'"):
+        backends.after("op", "reference", "cpu")
+
+
 def test_missing_backend_warns_once(ops):
     with pytest.warns(UserWarning, match="op: backend 'cpp' is missing, a slower one is used: run make build") as heard:
         backends.choose("op", "cpu")

@@ -30,6 +30,21 @@ def test_choice(M, density, personas, dtype, device, form):
     assert form in FORMS
 
 
+@pytest.mark.parametrize(
+    ("M", "density", "dtype", "form"),
+    [
+        (7, 0.99, torch.bfloat16, "masked"),
+        (8, 0.99, torch.bfloat16, "correction"),
+        (31, 0.99, torch.float16, "correction"),
+        (32, 0.99, torch.bfloat16, "masked"),
+        (16, 0.98, torch.bfloat16, "masked"),
+        (4, 0.98, torch.float32, "correction"),
+    ],
+)
+def test_choice_with_compiled_kernels_for_the_gpu(M, density, dtype, form):
+    assert choose_form(M, *SIZES, density, 16, dtype, "cuda", "cuda") == form
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 @pytest.mark.parametrize(
     ("M", "density", "personas", "dtype", "form"),
@@ -65,7 +80,7 @@ def test_a_layer_chooses_for_the_instructions_in_use(monkeypatch):
 
 @pytest.mark.parametrize("personas", [1, 4])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("instructions", ["", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("instructions", ["", "cuda", "avx512", "avx2", "portable"])
 def test_lists_are_made_where_they_may_be_chosen(instructions, device, personas):
     for density in (0.5, 0.97, 0.98, 0.99, 1.0):
         for dtype in (torch.float32, torch.bfloat16):
