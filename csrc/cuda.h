@@ -33,6 +33,12 @@ inline void check_launch(const char* op) {
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 
+/// Whether the rows of a half-precision matrix have adjacent columns and begin at multiples of 16 bytes.
+inline bool rows_at_16(const Tensor& halves) {
+  return halves.stride(1) == 1 && halves.stride(0) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(halves.const_data_ptr()) % 16 == 0;
+}
+
 __device__ inline float widen(float value) { return value; }
 __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(__half value) { return __half2float(value); }

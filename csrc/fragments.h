@@ -5,16 +5,15 @@
 // four takes a lane's columns 8 j to 8 j + 7, as two products.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
 #include <type_traits>
+
+#include "cuda.h"
 
 namespace persona {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTileRows = 16, kTileColumns = 128, kLaneColumns = 32;
+constexpr int kRowsOfTile = 8;  // rows of x beside each other in a product
 
 /// Four bytes out of the eight of b:a; a selector with its highest bit set repeats the sign of the byte.
 __device__ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selectors) {
@@ -38,16 +37,9 @@ __device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint3
   }
 }
 
+/// The other way of `widen`, rounded.
 template <class T>
-__device__ inline float to_float(T v) {
-  if constexpr (std::is_same<T, __half>::value)
-    return __half2float(v);
-  else
-    return __bfloat162float(v);
-}
-
-template <class T>
-__device__ inline T from_float(float v) {
+__device__ inline T narrow(float v) {
   if constexpr (std::is_same<T, __half>::value)
     return __float2half_rn(v);
   else

@@ -85,12 +85,10 @@ def choose(op: str, device: str) -> str:
         if not entry.present[backend].runs_on(device):
             raise BackendError(f"{ENVIRONMENT} forces {backend!r} for {op!r}, which does not run on {device!r}")
         return backend
-    for backend in PREFERENCE:
-        if backend in entry.present and entry.present[backend].runs_on(device):
-            return backend
-        if backend in entry.missing and device in entry.missing[backend][1]:
-            _warn_once(op, backend, entry.missing[backend][0])
-    raise BackendError(f"op {op!r} has no backend for device {device!r}")
+    best = _best(op, device, PREFERENCE)
+    if best is None:
+        raise BackendError(f"op {op!r} has no backend for device {device!r}")
+    return best
 
 
 def implementation(op: str, device: str) -> Callable[..., Any]:
@@ -100,13 +98,21 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 
 def after(op: str, backend: str, device: str) -> Callable[..., Any]:
     """The function of the best backend of ``op`` behind ``backend``, which leaves some inputs to it."""
+    best = _best(op, device, PREFERENCE[PREFERENCE.index(backend) + 1 :])
+    if best is None:
+        raise BackendError(f"op {op!r} has no backend behind {backend!r} for device {device!r}")
+    return _OPS[op].present[best].function
+
+
+def _best(op: str, device: str, names: tuple[str, ...]) -> str | None:
+    """The first of ``names`` that is there for ``device``; of those before it that are missing it is said once."""
     entry = _OPS[op]
-    for name in PREFERENCE[PREFERENCE.index(backend) + 1 :]:
+    for name in names:
         if name in entry.present and entry.present[name].runs_on(device):
-            return entry.present[name].function
+            return name
         if name in entry.missing and device in entry.missing[name][1]:
             _warn_once(op, name, entry.missing[name][0])
-    raise BackendError(f"op {op!r} has no backend behind {backend!r} for device {device!r}")
+    return None
 
 
 def explain() -> dict[str, dict[str, str]]:
@@ -138,4 +144,4 @@ def _check_backend_name(backend: str) -> None:
 def _warn_once(op: str, backend: str, reason: str) -> None:
     if (op, backend) not in _WARNED:
         _WARNED.add((op, backend))
-        warnings.warn(f"{op}: backend {backend!r} is missing, a slower one is used: {reason}", stacklevel=3)
+        warnings.warn(f"{op}: backend {backend!r} is missing, a slower one is used: {reason}", stacklevel=4)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from kernels.ops import checks
+
 FORMS = ("masked", "correction")
 """``masked_linear`` on the packed masks, or ``correction_linear`` on lists of the removed weights."""
 
@@ -28,7 +30,7 @@ def worth_listing(
 
 
 def _compiled(dtype: torch.dtype, device: str, instructions: str) -> bool:
-    return device == "cuda" and instructions == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return device == "cuda" and instructions == "cuda" and dtype in checks.HALVES
 
 
 def choose_form(

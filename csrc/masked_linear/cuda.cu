@@ -1,6 +1,4 @@
 // The masked product on a CUDA device, half precision: see masked_linear_cuda.
-#include "../cuda.h"
-
 #include <algorithm>
 #include <optional>
 
@@ -68,11 +66,8 @@ bool masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& bit
   STD_TORCH_CHECK(persona.size(0) == M || persona.size(0) == 1, "masked_linear: a persona for each row, or one");
   STD_TORCH_CHECK(M < limit && N < limit && K < limit && P < limit && M * N / kThreads < limit,
                   "masked_linear: too large for one launch");
-  const auto at_16 = [](const Tensor& tensor) {
-    return tensor.stride(1) == 1 && tensor.stride(0) % 8 == 0 &&
-           reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  };
-  STD_TORCH_CHECK(K % kLaneColumns == 0 && at_16(x) && at_16(weight), "masked_linear: x or weight not aligned");
+  STD_TORCH_CHECK(K % kLaneColumns == 0 && rows_at_16(x) && rows_at_16(weight),
+                  "masked_linear: x or weight not aligned");
   STD_TORCH_CHECK(bits.stride(2) == 1 && bits.stride(1) % 4 == 0 && bits.stride(0) % 4 == 0 &&
                       reinterpret_cast<uintptr_t>(bits.const_data_ptr()) % 4 == 0,
                   "masked_linear: bits not aligned");
@@ -81,8 +76,7 @@ bool masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& bit
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   MaskedProduct p{};
   p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr();
-  // Without any mask nothing of them is used, but the place is read.
-  p.bits = static_cast<const uint8_t*>(P > 0 ? bits.const_data_ptr() : weight.const_data_ptr());
+  p.bits = static_cast<const uint8_t*>(bits.const_data_ptr());
   p.persona = static_cast<const int32_t*>(persona.const_data_ptr());
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();

@@ -8,10 +8,9 @@ namespace persona {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRowsOfTile = 8;  // rows of x beside each other in a product
-constexpr int kAbsent = -2;     // a row whose persona does not exist, or no row at all
-constexpr int kRing = 8;        // mask words of a lane that are on their way, a power of two
-constexpr int kChunk = 256;     // columns of x in shared memory, of which there are two such parts
+constexpr int kAbsent = -2;  // a row whose persona does not exist, or no row at all
+constexpr int kRing = 8;     // mask words of a lane that are on their way, a power of two
+constexpr int kChunk = 256;  // columns of x in shared memory, of which there are two such parts
 
 /// Where the 16 bytes of a slot begin: 64 bytes more than the columns take, so that the lanes of two rows that read
 /// together use other banks.
@@ -41,8 +40,8 @@ template <class T>
 __device__ inline uint32_t scaled(uint32_t pair, float gamma) {
   T two[2];
   memcpy(two, &pair, 4);
-  two[0] = from_float<T>(to_float(two[0]) * gamma);
-  two[1] = from_float<T>(to_float(two[1]) * gamma);
+  two[0] = narrow<T>(widen(two[0]) * gamma);
+  two[1] = narrow<T>(widen(two[1]) * gamma);
   memcpy(&pair, two, 4);
   return pair;
 }
@@ -304,8 +303,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 8 ? 1 : 2) masked_rows_ker
       if (p.parts != nullptr) {
         parts[place] = y;
       } else {
-        if (p.bias != nullptr) y += to_float(static_cast<const T*>(p.bias)[n * p.stride_bias]);
-        static_cast<T*>(p.y)[place] = from_float<T>(y);
+        if (p.bias != nullptr) y += widen(static_cast<const T*>(p.bias)[n * p.stride_bias]);
+        static_cast<T*>(p.y)[place] = narrow<T>(y);
       }
     }
 }
@@ -319,8 +318,8 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const MaskedProduct
   float y = 0;
 #pragma unroll 4
   for (int split = 0; split < p.splits; ++split) y += p.parts[split * count + place];
-  if (p.bias != nullptr) y += to_float(static_cast<const T*>(p.bias)[place % p.N * p.stride_bias]);
-  static_cast<T*>(p.y)[place] = from_float<T>(y);
+  if (p.bias != nullptr) y += widen(static_cast<const T*>(p.bias)[place % p.N * p.stride_bias]);
+  static_cast<T*>(p.y)[place] = narrow<T>(y);
 }
 
 }  // namespace

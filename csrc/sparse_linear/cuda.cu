@@ -1,6 +1,4 @@
 // The compressed weight on a CUDA device, half precision: see sparse_linear_cuda and expand_rows_cuda.
-#include "../cuda.h"
-
 #include <optional>
 
 #include "cuda_kernels.h"
@@ -64,8 +62,7 @@ void sparse_linear_cuda(const Tensor& x, const Tensor& values, const Tensor& bit
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && y.is_contiguous() && y.size(0) == x.size(0) &&
                       y.size(1) == bits.size(0) && x.size(0) <= kMostRows && x.scalar_type() == values.scalar_type(),
                   "sparse_linear: x [M, K] of at most ", kMostRows, " rows and contiguous y [M, N]");
-  STD_TORCH_CHECK(x.stride(1) == 1 && x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
-                  "sparse_linear: x not aligned");
+  STD_TORCH_CHECK(rows_at_16(x), "sparse_linear: x not aligned");
   if (x.size(0) == 0 || bits.size(0) == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   SparseProduct p = weight_of(values, bits, offsets, 0, bits.size(0), x.size(1));

@@ -24,8 +24,7 @@ struct SparseProduct {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 2;  // steps of values in shared memory
-constexpr int kRowsOfTile = 8;
-constexpr int kSlot = 17;  // 16-byte pieces of a row's values of a step: 128 of them that begin anywhere
+constexpr int kSlot = 17;   // 16-byte pieces of a row's values of a step: 128 of them that begin anywhere
 /// What a block needs, and 16 bytes that the last lane may read behind its values.
 constexpr int kSharedBytes = kWarps * kStages * kTileRows * kSlot * 16 + 16;
 
@@ -230,8 +229,8 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_rows_kernel(const SparsePr
       float y = 0;
 #pragma unroll
       for (int one = 0; one < kWarps; ++one) y += total[one][m][r];
-      if (p.bias != nullptr) y += to_float(static_cast<const T*>(p.bias)[n * p.stride_bias]);
-      static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.N + n] = from_float<T>(y);
+      if (p.bias != nullptr) y += widen(static_cast<const T*>(p.bias)[n * p.stride_bias]);
+      static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.N + n] = narrow<T>(y);
     }
   }
 }

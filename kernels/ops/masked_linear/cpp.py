@@ -102,9 +102,9 @@ def segments_of(persona: Tensor, count: int) -> tuple[Tensor | None, list[tuple[
     return order, [(p, slice(a, b)) for p, a, b in zip(present.tolist(), starts, ends, strict=True)]
 
 
-def panel_rows(rows: int, row_bytes: int) -> Iterator[slice]:
-    """The rows of a weight, about ``PANEL_BYTES`` of them at a time."""
-    count = max(32, PANEL_BYTES // max(1, row_bytes) // 32 * 32)
+def panel_rows(rows: int, row_bytes: int, panel_bytes: int = PANEL_BYTES) -> Iterator[slice]:
+    """The rows of a weight, about ``panel_bytes`` of them at a time."""
+    count = max(32, panel_bytes // max(1, row_bytes) // 32 * 32)
     return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
 
 

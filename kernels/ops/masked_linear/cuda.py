@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import backends
-from kernels.ops.masked_linear.reference import check_personas
+from kernels.ops import checks
 
 MOST_ROWS_ALIKE = 32
 """Rows of one persona: for more a dense product of a gated panel is as fast."""
@@ -21,9 +21,6 @@ def masked_linear_cuda(
     if not (worthwhile(x.shape[0], persona.shape[0] > 1) and served(x, weight, bits)):
         rest = backends.after("masked_linear", "cuda", x.device.type)
         return rest(x, weight, bits, persona, gamma, bias)
-    if persona.device.type == "cpu":
-        check_personas(persona, bits.shape[0])
-        persona = persona.to(x.device)
     y = x.new_empty(x.shape[0], weight.shape[0])
     torch.ops.persona_native.masked_linear(x, weight, bits, persona, gamma, bias, y)
     return y
@@ -42,13 +39,17 @@ def worthwhile(rows: int, apart: bool) -> bool:
 def served(x: Tensor, weight: Tensor, bits: Tensor) -> bool:
     """Whether the kernel can read these: half precision, whole mask words, rows that begin at multiples of 16 bytes."""
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and 0 < x.shape[1] == x.shape[1] // 32 * 32
+        half_in_words(x)
         and rows_at_16(x)
         and rows_at_16(weight)
         and bits.stride(2) == 1
         and bits.stride(1) % 4 == bits.stride(0) % 4 == bits.data_ptr() % 4 == 0
     )
+
+
+def half_in_words(x: Tensor) -> bool:
+    """Whether x is in half precision and the masks of its columns are whole words of 32 bits."""
+    return x.dtype in checks.HALVES and x.shape[1] > 0 and x.shape[1] % 32 == 0
 
 
 def rows_at_16(x: Tensor) -> bool:

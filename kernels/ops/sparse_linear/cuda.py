@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import backends
-from kernels.ops.masked_linear.cpp import dense_product
-from kernels.ops.masked_linear.cuda import rows_at_16
+from kernels.ops.masked_linear.cuda import half_in_words, rows_at_16
+from kernels.ops.sparse_linear.cpp import by_panels
 
 MOST_ROWS = 16
 PANEL_BYTES = 32 << 20
@@ -18,30 +18,23 @@ PANEL_BYTES = 32 << 20
 
 def sparse_linear_cuda(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See ``kernels.ops.sparse_linear``. Never waits for the device."""
-    (M, K), N = x.shape, bits.shape[0]
     values, bits, offsets = values.contiguous(), bits.contiguous(), offsets.contiguous()
     if not served(x, values, bits):
         return backends.after("sparse_linear", "cuda", x.device.type)(x, values, bits, offsets, bias)
-    y = x.new_empty(M, N)
+    y = x.new_empty(x.shape[0], bits.shape[0])
     if y.numel() == 0:
         return y
-    if M <= MOST_ROWS:
+    if x.shape[0] <= MOST_ROWS:
         torch.ops.persona_native.sparse_linear(x, values, bits, offsets, bias, y)
         return y
-    most = max(128, PANEL_BYTES // (K * x.element_size()) // 128 * 128)
-    panel = torch.empty(min(most, N), K, dtype=values.dtype, device=values.device)
-    for first in range(0, N, most):
-        dense = panel[: N - first]
-        torch.ops.persona_native.expand_rows(values, bits, offsets, first, dense)
-        dense_product(x, dense, None if bias is None else bias[first : first + most], y[:, first : first + most])
+    by_panels(x, values, bits, offsets, bias, y, PANEL_BYTES)
     return y
 
 
 def served(x: Tensor, values: Tensor, bits: Tensor) -> bool:
     """Whether the kernels can read these: half precision, whole mask words, rows at multiples of 16 bytes."""
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and 0 < x.shape[1] == x.shape[1] // 32 * 32
+        half_in_words(x)
         and (rows_at_16(x) or x.shape[0] > MOST_ROWS)
         and values.data_ptr() % 16 == bits.data_ptr() % 4 == 0
     )
